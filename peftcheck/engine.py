@@ -1,0 +1,171 @@
+"""Run laws on a case: the pure function under the plugin, the command line and the replay.
+
+Nothing here knows pytest. A case is built and attached once; each law starts from the same state, put back by a
+memento of the object graph or, where that cannot see everything, by attaching anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+
+import torch
+
+from peftcheck import refusal, values
+from peftcheck.case import Case
+from peftcheck.errors import HarnessError
+from peftcheck.implementation import Claim, Implementation, Op
+from peftcheck.law import Law
+from peftcheck.measurement import Measurement, worst
+from peftcheck.memento import Memento, Unrestorable
+from peftcheck.outcome import ERROR, PASS, SKIP, VIOLATION, Outcome, crash_fingerprint, fingerprint
+from peftcheck.stage import Stage, set_up
+
+Watch = Callable[[Case, str], contextlib.AbstractContextManager[None]]
+
+
+@contextlib.contextmanager
+def pinned() -> Iterator[None]:
+    """Pin what numerics depend on (threads, precision, determinism, dtype, random state); put all of it back."""
+    threads, matmul, dtype = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
+    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.set_num_threads(1)
+        torch.set_float32_matmul_precision("highest")
+        torch.set_default_dtype(torch.float32)
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_flush_denormal(False)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.set_float32_matmul_precision(matmul)
+            torch.set_default_dtype(dtype)
+            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+@contextlib.contextmanager
+def unwatched(case: Case, law: str) -> Iterator[None]:
+    """Watch nothing: for callers without a watchdog."""
+    yield
+
+
+def check(implementation: Implementation, case: Case, laws: Sequence[Law], watch: Watch = unwatched) -> list[Outcome]:
+    """Return one outcome per law, in order.
+
+    `watch(case, law)` surrounds everything that the library does, for watchdogs and journals. Raises HarnessError
+    when the harness itself is at fault; whatever the library raises becomes an outcome.
+    """
+    with pinned():
+        return Scene(implementation, case, watch).run(laws)
+
+
+class Scene:
+    """One case on stage, with the means of putting it back."""
+
+    def __init__(self, implementation: Implementation, case: Case, watch: Watch = unwatched) -> None:
+        self.implementation = implementation
+        self.case = case
+        self.watch = watch
+        self.stage: Stage | None = None
+        self.memento: Memento | None = None
+        self.failure: Exception | None = None
+
+    def run(self, laws: Sequence[Law]) -> list[Outcome]:
+        """Return one outcome per law, each from the same start."""
+        with self.watch(self.case, "attach"):
+            self._raise_curtain()
+        if self.failure is not None:
+            return [self._crashed(law.name, self.failure) for law in laws]
+        return [self._one(law) for law in laws]
+
+    def _raise_curtain(self) -> None:
+        torch.manual_seed(self.case.values)
+        try:
+            self.stage = set_up(self.implementation, self.case)
+        except Exception as error:
+            self._library_only(error)
+            self.failure = error
+            return
+        try:
+            self.memento = Memento([*self.stage.attached.roots(), self.stage.attached])
+        except Unrestorable:
+            self.memento = None
+        self.stage.put_back = self._put_back
+
+    def _put_back(self) -> None:
+        """Restore the start; where no memento could be taken, attach anew."""
+        stage = self.stage
+        torch.manual_seed(self.case.values)
+        if self.memento is not None:
+            self.memento.restore()
+            return
+        fresh = set_up(self.implementation, self.case)
+        stage.attached, stage.start, stage.start_adapters = fresh.attached, fresh.start, fresh.start_adapters
+
+    def _one(self, law: Law) -> Outcome:
+        stage = self.stage
+        if not applies(law, stage):
+            return Outcome(law.name, SKIP)
+        try:
+            with self.watch(self.case, law.name):
+                measurement = law.measure(stage)
+        except Exception as error:
+            self._library_only(error)
+            return self._crashed(law.name, error)
+        finally:
+            self._put_back()
+        if measurement is None:
+            return Outcome(law.name, SKIP)
+        return judge(law, stage, measurement)
+
+    def _library_only(self, error: Exception) -> None:
+        if isinstance(error, HarnessError):
+            raise error
+        if not refusal.is_library(error, self.implementation):
+            raise HarnessError(f"{type(error).__name__}: {error} on {self.case.words()}") from error
+
+    def _crashed(self, law: str, error: Exception) -> Outcome:
+        place = refusal.where(error, self.implementation)
+        return Outcome(
+            law,
+            ERROR,
+            fingerprint=crash_fingerprint(self.case.sweep.variant, place),
+            message=f"{type(error).__name__}: {error}",
+        )
+
+
+def applies(law: Law, stage: Stage) -> bool:
+    """Return whether the library claims what the law needs, and merging stays clear of overflow."""
+    if not all(stage.claims(op) is Claim.YES for op in law.needs):
+        return False
+    return stage.finite or not {Op.MERGE, Op.EXPORT} & set(law.needs)
+
+
+def judge(law: Law, stage: Stage, measurement: Measurement) -> Outcome:
+    """Turn a measurement into an outcome: `ratio <= 1` holds, so that NaN violates."""
+    variant = stage.variant
+    if math.isfinite(measurement.bound) and measurement.bound < 0:
+        raise HarnessError(f"negative budget in {law.name}")
+    if variant.documented:
+        measurement = replace(measurement, explained=",".join(variant.documented))
+    effect = stage.effect()
+    exempt = stage.case.profile in values.NO_EFFECT
+    if measurement.holds:
+        return Outcome(law.name, PASS, measurement, effect, exempt)
+    name = fingerprint(law.name, variant.name, measurement)
+    return Outcome(law.name, VIOLATION, measurement, effect, exempt, name, words(measurement))
+
+
+def words(m: Measurement) -> str:
+    """Say in one line what was found where."""
+    at = f"[{', '.join(map(str, m.element))}]" if m.element else ""
+    ratio = f"ratio {m.ratio:.3g} (residual {m.residual:.3g}, bound {m.bound:.3g})"
+    return f"{m.role}{at}: {m.symptom}, {ratio}; {m.note}"
+
+
+__all__ = ["Scene", "check", "pinned", "unwatched", "worst"]

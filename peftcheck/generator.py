@@ -1,0 +1,159 @@
+"""From a sweep, a seed and an index to a case: everything that 97 real merge defects needed to show.
+
+A case depends on nothing else, and never on the law: a filter cannot change a verdict.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from peftcheck import values
+from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, Case, LayerSpec, Poison, Sweep
+from peftcheck.implementation import Variant
+from peftcheck.oracle import FORMULAS
+
+# Names as an enemy would choose them: prefixes of each other, digits, dots, the library's own words.
+_LAYER_NAMES = (
+    ("proj", "proj_out", "mlp.proj_in", "mlp.project"),
+    ("1", "10", "11", "100"),
+    ("block.a", "block.ab", "block.abc", "ba"),
+    ("layer", "layer1", "layer10", "sub.layer_"),
+    ("default", "base", "weight_", "lora"),
+)
+_ADAPTER_NAMES = (
+    ("default", "other", "third"),
+    ("a", "ab", "abc"),
+    ("default_1", "default", "default_10"),
+    ("lora_", "lora", "adapter"),
+    ("x-1", "x-10", "x"),
+)
+_SIZES = (1, 2, 3, 4, 5, 6, 8, 8, 12, 16, 24)
+_LARGE_FAN_IN = (64, 128, 255, 512)
+
+
+def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = False) -> Case:
+    """Return case `index` of a sweep, in the exact (dyadic) regime if asked for and if the method has one."""
+    exact = exact and FORMULAS[variant.formula].dyadic
+    rng = random.Random(f"{sweep}|{seed}|{index}|{exact}")
+    layers = _layers(rng, variant, sweep.layer)
+    targets = _targets(rng, layers)
+    adapters = _adapters(rng, variant, layers, targets, exact)
+    half = sweep.dtype in ("bfloat16", "float16")
+    profile = "dyadic" if exact else _profile(rng, variant, layers, adapters)
+    return Case(
+        sweep,
+        seed,
+        index,
+        layers,
+        adapters,
+        adapter_dtype="float32" if half and rng.random() < 0.5 else sweep.dtype,
+        profile=profile,
+        values=rng.randrange(2**32),
+        batch=rng.choice([(), (1,), (2,), (3,), (2, 3), (1, 2, 2)]),
+        safe=rng.random() < 0.4,
+        joint=rng.random() < 0.6,
+        cycles=rng.choice([2, 3, 5]),
+        poison=Poison(
+            rng.choice(["nan", "nan", "inf", "-inf", "overflow", "overflow", "tame"]),
+            rng.randrange(8),
+            rng.randrange(8),
+            rng.randrange(64),
+            rng.randrange(4096),
+        ),
+    )
+
+
+def _profile(rng: random.Random, variant: Variant, layers: Sequence[LayerSpec], adapters: Sequence[AdapterSpec]) -> str:
+    choices = [name for name in values.PROFILES if name not in ("dyadic", *variant.avoids)]
+    if len(adapters) > 1 or FORMULAS[variant.formula].delta is None:
+        choices = [name for name in choices if name != "cancelling"]
+    if len(adapters) == 1:
+        choices = [name for name in choices if name != "duplicated"]
+    return rng.choice(choices + ["normal"] * 5)
+
+
+def _layers(rng: random.Random, variant: Variant, kind: str) -> tuple[LayerSpec, ...]:
+    names = list(rng.choice(_LAYER_NAMES))
+    count = rng.choice([1, 1, 2, 2, 3, 4])
+    layers: list[LayerSpec] = []
+    for name in names[:count]:
+        layers.append(_layer(rng, variant, kind, name))
+    if kind in ("linear", *EMBEDDINGS) and count > 1 and rng.random() < 0.15:
+        layers[-1] = replace(layers[0], name=layers[-1].name, tied=layers[0].name, bias=layers[-1].bias and kind == "linear")
+    return tuple(layers)
+
+
+def _layer(rng: random.Random, variant: Variant, kind: str, name: str) -> LayerSpec:
+    n_in, n_out = rng.choice(_SIZES), rng.choice(_SIZES)
+    bias = rng.random() < 0.5 if variant.bias is None else variant.bias
+    if kind in CONVOLUTIONS:
+        return convolution(rng, kind, name, bias)
+    if kind in EMBEDDINGS:
+        padding = rng.randrange(n_in) if rng.random() < 0.3 else None
+        scale = rng.choice([0.5, 2.0, 3.7, 8.0]) if kind == "embedding.scaled" else 1.0
+        return LayerSpec(name, kind, n_in, n_out, padding_idx=padding, scale=scale)
+    if kind == "conv1d-transformers":
+        return LayerSpec(name, kind, n_in, n_out, bias=True)
+    if kind == "layernorm":
+        return LayerSpec(name, kind, max(2, n_in), max(2, n_in), bias=bias)
+    if kind == "mha":
+        return LayerSpec(name, kind, n_in, n_in, bias=bias)
+    if kind == "parameter":
+        return LayerSpec(name, kind, n_in, n_out, depth=rng.choice([0, 1, 2, 3]))
+    if rng.random() < 0.08:
+        n_in = rng.choice(_LARGE_FAN_IN)
+    return LayerSpec(name, kind, n_in, n_out, bias=bias)
+
+
+def convolution(rng: random.Random, kind: str, name: str, bias: bool) -> LayerSpec:
+    """Return a convolution with any hyper-parameters that torch accepts; the input may exceed the kernel."""
+    dims = CONVOLUTIONS.index(kind) + 1
+    most = (5, 3, 2)[dims - 1]
+    kernel = tuple(rng.randint(1, most) for _ in range(dims))
+    if rng.random() < 0.2:
+        kernel = (1,) * dims
+    groups = rng.choice([1, 1, 1, 1, 2, 3])
+    n_in, n_out = groups * rng.choice([1, 2, 3, 4]), groups * rng.choice([1, 2, 3, 4])
+    if rng.random() < 0.1:
+        groups = n_in = n_out = rng.choice([2, 3, 4])  # depthwise
+    stride = tuple(rng.choice([1, 1, 2, 3]) for _ in range(dims))
+    dilation = tuple(rng.choice([1, 1, 1, 2]) for _ in range(dims))
+    padding: tuple[int, ...] | str = tuple(rng.randint(0, 2) for _ in range(dims))
+    if rng.random() < 0.2:
+        padding = rng.choice(["same", "valid"])
+        stride = (1,) * dims if padding == "same" else stride
+    mode = rng.choice(["zeros", "zeros", "zeros", "circular", "reflect", "replicate"])
+    extent = tuple((k - 1) * d + 1 + rng.randint(0, 3) for k, d in zip(kernel, dilation, strict=True))
+    if mode != "zeros":  # padding by reflection needs an input larger than the padding
+        reach = [(k - 1) * d if padding == "same" else 0 if padding == "valid" else p for k, d, p in zip(kernel, dilation, _widths(padding, dims), strict=True)]
+        extent = tuple(max(e, r + 1) for e, r in zip(extent, reach, strict=True))
+    return LayerSpec(name, kind, n_in, n_out, bias, kernel, stride, padding, dilation, groups, mode, extent)
+
+
+def _widths(padding: tuple[int, ...] | str, dims: int) -> tuple[int, ...]:
+    return (0,) * dims if isinstance(padding, str) else padding
+
+
+def _targets(rng: random.Random, layers: Sequence[LayerSpec]) -> tuple[int, ...]:
+    """Return the layers that the first adapter targets; the rest are bystanders."""
+    own = [index for index, spec in enumerate(layers) if spec.tied is None]
+    count = rng.randint(1, len(own))
+    return tuple(sorted(rng.sample(own, count)))
+
+
+def _adapters(rng, variant: Variant, layers, targets, exact: bool) -> tuple[AdapterSpec, ...]:
+    names = rng.choice(_ADAPTER_NAMES)
+    count = min(rng.choice([1, 1, 1, 2, 2, 3]), variant.most_adapters)
+    made = []
+    for name in names[:count]:
+        own = targets
+        if made and rng.random() < 0.4:  # unlike the first: a subset, or other layers too
+            own = _targets(rng, layers)
+        rank = rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 5, 8, 17])
+        alpha = rank * rng.choice([1.0, 2.0, 0.5]) if exact else rng.choice([1.0, 0.5, 8.0, 16.0, 3.0, float(rank)])
+        options = {key: rng.choice(choices) for key, choices in sorted(variant.options.items())}
+        adapter = AdapterSpec(name, own, rank, alpha, tuple(sorted(options.items())))
+        made.append(variant.fit(adapter, layers, exact))
+    return tuple(made)

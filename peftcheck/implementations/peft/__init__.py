@@ -1,0 +1,52 @@
+"""Hugging Face PEFT behind the port."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+
+import peft
+from peft import get_peft_model
+from torch import nn
+
+from peftcheck.case import AdapterSpec, Case
+from peftcheck.errors import UsageError
+from peftcheck.implementation import Variant
+from peftcheck.implementations.peft.attached import PeftAttached
+from peftcheck.implementations.peft.methods import METHODS
+
+
+class Peft:
+    """The installed PEFT."""
+
+    name = "peft"
+    version = peft.__version__
+    folders = (Path(peft.__file__).parent,)
+    ledger = Path(__file__).parent / "ledger.toml"
+
+    def variants(self) -> Mapping[str, Variant]:
+        return {name: method.variant for name, method in METHODS.items()}
+
+    def attach(self, model: nn.Module, case: Case) -> PeftAttached:
+        try:
+            method = METHODS[case.sweep.variant]
+        except KeyError:
+            raise UsageError(f"peft has no variant '{case.sweep.variant}': see peftcheck list variants") from None
+        names = [spec.name for spec in case.layers]
+
+        def config(adapter: AdapterSpec):
+            return method.config(adapter, [case.layers[target].name for target in adapter.targets])
+
+        first, *others = case.adapters
+        autocast = case.adapter_dtype != case.sweep.dtype
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = get_peft_model(model, config(first), first.name, autocast_adapter_dtype=autocast)
+            attached = PeftAttached(wrapped, names, method.roles, config, autocast)
+            for adapter in others:
+                attached.add(adapter)
+            if others:
+                attached.activate([adapter.name for adapter in case.adapters])
+        wrapped.train(case.train)
+        return attached

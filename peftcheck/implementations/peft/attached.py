@@ -1,0 +1,144 @@
+"""A model with PEFT adapters behind the port."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from peftcheck.case import AdapterSpec
+
+MakeConfig = Callable[[AdapterSpec], object]
+
+
+class PeftAttached:
+    """The port onto a `PeftModel`. Storage is read through module attributes, never through PEFT's merge code."""
+
+    def __init__(
+        self, model: PeftModel, names: Sequence[str], roles: Mapping[str, str], config: MakeConfig, autocast: bool
+    ) -> None:
+        self.model = model
+        self.names = tuple(names)
+        self.roles = roles
+        self.config = config
+        self.autocast = autocast
+
+    # accessors
+
+    def roots(self) -> Sequence[object]:
+        return (self.model,)
+
+    @property
+    def bench(self) -> nn.Module:
+        """The user's model inside PEFT's wrappers."""
+        return self.model.base_model.model
+
+    def layer(self, name: str) -> nn.Module:
+        return self.bench.get_submodule(name)
+
+    def _tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
+        for name in self.names:
+            module = self.layer(name)
+            if isinstance(module, BaseTunerLayer):
+                yield name, module
+
+    def sites(self, adapter: str) -> tuple[str, ...]:
+        return tuple(name for name, module in self._tuner_layers() if any(True for _ in _own(module, adapter)))
+
+    def base_tensors(self) -> dict[str, Tensor]:
+        tensors = {}
+        for name in self.names:
+            module = self.layer(name)
+            while isinstance(module, BaseTunerLayer):
+                module = module.base_layer
+            for key, parameter in module.named_parameters():
+                tensors[f"{name}.{key}"] = parameter
+        return tensors
+
+    def base_values(self) -> dict[str, Tensor]:
+        return self.base_tensors()
+
+    def adapter_tensors(self, adapter: str) -> dict[tuple[str, str], Tensor]:
+        return {
+            (name, self.roles.get(key, key)): tensor
+            for name, module in self._tuner_layers()
+            for key, tensor in _own(module, adapter)
+        }
+
+    def trainable(self, adapter: str) -> frozenset[tuple[str, str]]:
+        return frozenset(key for key, tensor in self.adapter_tensors(adapter).items() if tensor.requires_grad)
+
+    def merged(self) -> dict[str, tuple[str, ...]]:
+        return {name: tuple(module.merged_adapters) for name, module in self._tuner_layers()}
+
+    # operations
+
+    def forward(self, inputs: Sequence[Tensor], adapters: Sequence[str] | None = None) -> Sequence[Tensor]:
+        if adapters is None:
+            return self.model(*inputs)
+        return self.model(*inputs, adapter_names=list(adapters))
+
+    def add(self, adapter: AdapterSpec) -> None:
+        self.model.add_adapter(adapter.name, self.config(adapter), autocast_adapter_dtype=self.autocast)
+
+    def activate(self, adapters: Sequence[str]) -> None:
+        self.model.base_model.set_adapter(list(adapters))
+
+    def merge(self, adapters: Sequence[str] | None = None, safe: bool = False) -> None:
+        self.model.merge_adapter(None if adapters is None else list(adapters), safe_merge=safe)
+
+    def unmerge(self) -> None:
+        self.model.unmerge_adapter()
+
+    def disabled(self) -> AbstractContextManager[None]:
+        return self.model.disable_adapter()
+
+    def train(self, mode: bool) -> None:
+        self.model.train(mode)
+
+    def rescale(self, adapter: str, factor: float) -> None:
+        for _, module in self._tuner_layers():
+            module.set_scale(adapter, factor)
+
+    def delta(self, site: str, adapter: str) -> Tensor:
+        with torch.no_grad():
+            return self.layer(site).get_delta_weight(adapter)
+
+    def unload(self) -> nn.Module:
+        return self.model.unload()
+
+    def merge_and_unload(self, safe: bool = False, adapters: Sequence[str] | None = None) -> nn.Module:
+        return self.model.merge_and_unload(safe_merge=safe, adapter_names=None if adapters is None else list(adapters))
+
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], kind: str, into: str, **options) -> None:
+        self.model.add_weighted_adapter(list(adapters), list(weights), into, combination_type=kind, **options)
+
+    def delete(self, adapter: str) -> None:
+        self.model.delete_adapter(adapter)
+
+    def save(self, folder: Path, adapters: Sequence[str]) -> None:
+        self.model.save_pretrained(str(folder), selected_adapters=list(adapters))
+
+    def load(self, folder: Path, adapter: str) -> None:
+        self.model.load_adapter(str(folder), adapter, autocast_adapter_dtype=self.autocast)
+
+
+def _own(module: BaseTunerLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
+    """Yield an adapter's tensors in a layer as (attribute[.path], tensor)."""
+    for attribute in (*module.adapter_layer_names, *module.other_param_names):
+        container = getattr(module, attribute, None)
+        if not isinstance(container, Mapping | nn.ModuleDict | nn.ParameterDict) and not hasattr(container, "keys"):
+            continue
+        if adapter not in container.keys():
+            continue
+        item = container[adapter]
+        if isinstance(item, Tensor):
+            yield attribute, item
+        elif isinstance(item, nn.Module):
+            for path, tensor in (*item.named_parameters(), *item.named_buffers()):
+                yield f"{attribute}.{path}", tensor

@@ -1,0 +1,31 @@
+"""How a variant is configured in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from peftcheck.case import AdapterSpec, LayerSpec
+from peftcheck.implementation import Claim, Op, Variant
+
+MERGES = frozenset({Op.MERGE, Op.SAFE_MERGE, Op.UNMERGE, Op.EXPORT, Op.DELTA})
+
+
+@dataclass(frozen=True)
+class Method:
+    """A variant and its PEFT configuration.
+
+    `config(adapter, targets)` returns PEFT's configuration for the named target modules; `roles` renames PEFT's
+    parameter attributes ('lora_A.weight') to the roles of the closed form ('A').
+    """
+
+    variant: Variant
+    config: Callable[[AdapterSpec, list[str]], Any]
+    roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def no_delta(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
+    """Claim everything but a reported delta."""
+    return Claim.ABSENT if op is Op.DELTA else Claim.YES

@@ -1,0 +1,9 @@
+"""What PEFT offers, a module per family: its methods, the options that change their arithmetic, what each claims."""
+
+from __future__ import annotations
+
+from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.methods import ia3, lora
+
+_FAMILIES = (lora, ia3)
+METHODS: dict[str, Method] = {method.variant.name: method for family in _FAMILIES for method in family.METHODS}

@@ -1,0 +1,50 @@
+"""LoRA in PEFT."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from math import lcm
+from typing import Any
+
+from peft import LoraConfig
+
+from peftcheck.case import CONVOLUTIONS, AdapterSpec, LayerSpec
+from peftcheck.implementation import Claim, Op, Variant
+from peftcheck.implementations.peft.method import MERGES, Method
+
+ROLES = {
+    "lora_A.weight": "A",
+    "lora_B.weight": "B",
+    "lora_B.bias": "B.bias",
+    "lora_embedding_A": "A",
+    "lora_embedding_B": "B",
+    "lora_magnitude_vector.weight": "magnitude",
+}
+LAYERS = frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS, "embedding", "embedding.scaled"})
+
+
+def configured(**constants) -> Callable[[AdapterSpec, list[str]], Any]:
+    """Return the configuration of a LoRA with the given constant options."""
+
+    def config(adapter: AdapterSpec, targets: list[str]) -> LoraConfig:
+        return LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, **constants)
+
+    return config
+
+
+def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
+    """LoRA merges no grouped convolution."""
+    if op in MERGES and spec.kind in CONVOLUTIONS and spec.groups > 1:
+        return Claim.REFUSES
+    return Claim.YES
+
+
+def rank_divisible(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bool) -> AdapterSpec:
+    """Round the rank to a multiple of every target's groups (LoRA's condition on convolutions)."""
+    groups = lcm(*(layers[target].groups for target in adapter.targets))
+    rank = -(-adapter.rank // groups) * groups
+    return replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank if exact else adapter.alpha)
+
+
+METHODS = (Method(Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim), configured(), ROLES),)

@@ -1,0 +1,66 @@
+"""What a law is, and the registry of all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from importlib.metadata import entry_points
+
+from peftcheck.implementation import Op
+from peftcheck.measurement import Measurement
+from peftcheck.stage import Stage
+
+GROUP = "peftcheck.laws"
+Measure = Callable[[Stage], Measurement | None]
+
+
+@dataclass(frozen=True)
+class Law:
+    """A property that must hold.
+
+    `measure` returns the worst measurement, or None where the case says nothing about the law (an embedding has
+    no bias to poison). `formula` states the law in one line; `needs` are the operations without which the
+    library has nothing to check; `source` is the real defect or the paper behind it. `structural` laws need no
+    effect to mean something.
+    """
+
+    name: str
+    formula: str
+    needs: tuple[Op, ...]
+    measure: Measure
+    source: str
+    structural: bool = False
+
+    @property
+    def group(self) -> str:
+        """The part of the name before the dot."""
+        return self.name.partition(".")[0]
+
+
+_LAWS: dict[str, Law] = {}
+
+
+def law(name: str, formula: str, needs: tuple[Op, ...] = (), source: str = "", structural: bool = False):
+    """Register a measuring function as a law."""
+
+    def register(measure: Measure) -> Measure:
+        if name in _LAWS:
+            raise ValueError(f"law {name} is defined twice")
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural)
+        return measure
+
+    return register
+
+
+def laws(*patterns: str) -> tuple[Law, ...]:
+    """Return the laws whose names match any of the globs (all without), in the order of their definition.
+
+    Laws of other packages come in through the entry-point group `peftcheck.laws` (modules that register).
+    """
+    import peftcheck.laws  # noqa: F401  registers the built-in ones
+
+    for entry in entry_points(group=GROUP):
+        entry.load()
+    chosen = [one for one in _LAWS.values() if not patterns or any(fnmatchcase(one.name, p) for p in patterns)]
+    return tuple(chosen)

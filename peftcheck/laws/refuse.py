@@ -1,0 +1,77 @@
+"""What a library does not support it refuses: clearly, and before it changes anything."""
+
+from __future__ import annotations
+
+from peftcheck import refusal
+from peftcheck.architecture import architecture, difference
+from peftcheck.implementation import Claim, Op
+from peftcheck.law import law
+from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
+from peftcheck.stage import Stage
+
+
+def _judge(stage: Stage, operation: str, call) -> Measurement:
+    """Return whether `call` is refused clearly and leaves base and bookkeeping alone."""
+    merged = stage.attached.merged()
+    try:
+        call()
+    except Exception as error:
+        if not refusal.is_library(error, stage.implementation):
+            raise
+        if not refusal.is_refusal(error, stage.implementation):
+            place = refusal.where(error, stage.implementation)
+            return broken(f":{operation}", f"crash: {place}", f"{operation} is not supported here, yet it crashes: {error}")
+    else:
+        return broken(f":{operation}", "accepted", f"{operation} is not supported here, yet it went through")
+    tensors = stage.attached.base_tensors()
+    found = [
+        identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], start, f"written by {operation}")
+        for key, start in stage.start.items()
+    ]
+    if stage.attached.merged() != merged:
+        found.append(broken(":module", f"marked by {operation}", f"bookkeeping changed by a refused {operation}"))
+    return worst(found)
+
+
+@law(
+    "refuse.merge",
+    "an unsupported merge is refused clearly, and writes nothing",
+    (Op.FORWARD,),
+    "BEFT and LoRA with bias cannot merge into a layer without bias; LoRA merges no grouped convolution",
+    structural=True,
+)
+def merge(stage: Stage) -> Measurement | None:
+    """Merge, safely and not, where the library declares that it does not."""
+    if stage.claims(Op.MERGE) is not Claim.REFUSES:
+        return None
+    if len(stage.targeted) > 1:
+        return None  # other layers of the model may merge before the refusal: safe_merge.all_or_nothing judges that
+    unsafe = _judge(stage, "merge", lambda: stage.attached.merge(stage.names[:1], safe=False))
+    safe = _judge(stage, "safe merge", lambda: stage.attached.merge(stage.names[:1], safe=True))
+    return worst([unsafe, safe])
+
+
+@law(
+    "refuse.unload",
+    "after a refused merge, unload() still gives back the base's architecture and bits",
+    (Op.UNLOAD,),
+    "BEFT merged into a layer without bias left another architecture behind",
+    structural=True,
+)
+def unload(stage: Stage) -> Measurement | None:
+    """Let the library refuse a merge, then unload and compare with the base."""
+    if stage.claims(Op.MERGE) is not Claim.REFUSES or stage.variant.rewrites_base or len(stage.targeted) > 1:
+        return None
+    try:
+        stage.attached.merge(stage.names[:1], safe=True)
+    except Exception as error:
+        if not refusal.is_library(error, stage.implementation):
+            raise
+    else:
+        return NOTHING  # refuse.merge judges that
+    model = stage.attached.unload()
+    shape = difference(architecture(model), stage.architecture)
+    if not shape.holds:
+        return shape
+    state = dict(model.named_parameters(remove_duplicate=False))
+    return worst([identical(key, state[key], tensor) for key, tensor in stage.pristine.items()])

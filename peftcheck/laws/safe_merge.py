@@ -1,0 +1,239 @@
+"""A safe merge refuses what is not finite, writes nothing then, and otherwise merges as the unsafe one does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from peftcheck import refusal
+from peftcheck.case import Poison
+from peftcheck.implementation import Op
+from peftcheck.law import law
+from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
+from peftcheck.oracle import Base
+from peftcheck.rounding import judged, precision
+from peftcheck.stage import Stage
+
+_ROOM = 0.5  # closer than this to the overflow threshold the oracle does not say whether a cast is finite
+
+
+@dataclass(frozen=True)
+class Poisoned:
+    """Where the poison went, and what the oracle says of the merge: 'refuse', 'accept', or 'open'."""
+
+    adapter: int
+    site: str
+    role: str
+    verdict: str
+    forms: dict[str, Base]
+
+
+def value_of(poison: Poison, stage: Stage, dtype: torch.dtype) -> float:
+    """Return the number that the poison stands for in a tensor of `dtype`.
+
+    'overflow' exceeds the base's range fourfold where the adapter can hold that (an overflow in the cast only);
+    'tame' is large but harmless.
+    """
+    largest, own = stage.machine.base.store.largest, precision(dtype).largest
+    if poison.value == "overflow":
+        return min(4 * largest, own * 0.9)
+    if poison.value == "tame":
+        return min(largest, own) ** 0.25
+    return float(poison.value)
+
+
+def administer(stage: Stage) -> Poisoned | None:
+    """Poison one element of one tensor of one adapter in place, and ask the oracle what the merge then is."""
+    poison = stage.case.poison
+    adapter = poison.adapter % len(stage.names)
+    sites = [name for name in stage.targeted if adapter in stage.adapters_on(name)]
+    if not sites:
+        return None
+    name = sites[poison.target % len(sites)]
+    tensors = stage.attached.adapter_tensors(stage.names[adapter])
+    keys = sorted(key for key, t in tensors.items() if key[0] == name and t.is_floating_point() and t.numel())
+    if not keys:
+        return None
+    key = keys[poison.tensor % len(keys)]
+    tensor = tensors[key]
+    at = torch.unravel_index(torch.tensor(poison.element % tensor.numel()), tensor.shape)
+    with torch.no_grad():
+        tensor[tuple(at)] = value_of(poison, stage, tensor.dtype)
+    after = {k: t.detach().clone() for k, t in stage.attached.adapter_tensors(stage.names[adapter]).items()}
+    # a projection that several sites share is poisoned at all of them
+    forms = {site: stage.merge_of([stage.site_of(adapter, site, after)], stage.base(site)) for site in sites}
+    return Poisoned(adapter, name, key[1], _verdict(stage, forms), forms)
+
+
+def _verdict(stage: Stage, forms: dict[str, Base]) -> str:
+    verdicts = [_one(stage, form.value, form.ceiling()) for base in forms.values() for form in base.values()]
+    if "refuse" in verdicts:
+        return "refuse"
+    if "open" in verdicts or stage.case.poison.value != "tame":
+        return "open"  # an intermediate may overflow in the library's arithmetic though not in fp64
+    return "accept"
+
+
+def _one(stage: Stage, value: Tensor, ceiling: Tensor) -> str:
+    largest = stage.machine.base.store.largest
+    if not bool(torch.isfinite(value).all()) or bool((value.abs() > largest / _ROOM).any()):
+        return "refuse"
+    return "accept" if bool((ceiling < largest * _ROOM).all()) else "open"
+
+
+def attempt(stage: Stage, merge: Callable[[], None]) -> Exception | None:
+    """Run a merge and return the library's refusal, or None; anything but a clear refusal goes on up."""
+    try:
+        merge()
+    except Exception as error:
+        if refusal.is_refusal(error, stage.implementation):
+            return error
+        raise
+    return None
+
+
+def merge_poisoned(stage: Stage, poisoned: Poisoned) -> Exception | None:
+    """Merge the poisoned adapter alone, safely."""
+    return attempt(stage, lambda: stage.attached.merge((stage.names[poisoned.adapter],), safe=True))
+
+
+@law(
+    "safe_merge.rejects",
+    "a merge that is not finite in the base's dtype is refused, every other is accepted and right",
+    (Op.SAFE_MERGE,),
+    "the finiteness check sits before the cast: an fp32 adapter overflows a half-precision base unseen",
+)
+def rejects(stage: Stage) -> Measurement | None:
+    """Poison one tensor and compare the library's decision with the oracle's."""
+    poisoned = administer(stage)
+    if poisoned is None:
+        return None
+    error = merge_poisoned(stage, poisoned)
+    where = f"{poisoned.site}:{poisoned.role}"
+    what = f"{stage.case.poison.value} in {poisoned.role} of '{stage.names[poisoned.adapter]}' at {poisoned.site}"
+    if poisoned.verdict == "refuse":
+        return NOTHING if error else broken(where, f"accepted {stage.case.poison.value}", f"{what}: safe_merge accepted it")
+    if error is not None:
+        return broken(where, "refused", f"{what}: refused though the merge is finite: {error}") if poisoned.verdict == "accept" else None
+    if poisoned.verdict == "open":
+        return None
+    tensors = stage.attached.base_values()
+    found = []
+    for site, forms in poisoned.forms.items():
+        for tensor, form in forms.items():
+            budget = judged(form, machine=stage.machine.base.store)
+            found.append(compare(f"{site}:{tensor}", tensors[f"{site}.{tensor}"], form.value, budget))
+    return worst(found)
+
+
+def _refused(stage: Stage) -> tuple[Poisoned, Exception] | None:
+    poisoned = administer(stage)
+    if poisoned is None or poisoned.verdict != "refuse":
+        return None
+    error = merge_poisoned(stage, poisoned)
+    return None if error is None else (poisoned, error)
+
+
+@law(
+    "safe_merge.atomic",
+    "after a refusal every tensor of the refusing layer is bit-equal and it is not marked merged",
+    (Op.SAFE_MERGE,),
+    "a weight that is written before the bias is checked",
+)
+def atomic(stage: Stage) -> Measurement | None:
+    """Provoke a refusal and compare the refusing layer, and the poisoned adapter, with their clones."""
+    refused = _refused(stage)
+    if refused is None:
+        return None
+    poisoned, _ = refused
+    merged = stage.attached.merged().get(poisoned.site, ())
+    if stage.names[poisoned.adapter] in merged:
+        return broken(f"{poisoned.site}:module", "marked merged", f"{poisoned.site} is marked merged after a refusal")
+    return worst(_unchanged(stage, lambda key: key.startswith(poisoned.site + ".")))
+
+
+def _unchanged(stage: Stage, wanted: Callable[[str], bool]) -> list[Measurement]:
+    tensors = stage.attached.base_tensors()
+    return [
+        identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], start, "written")
+        for key, start in stage.start.items()
+        if wanted(key)
+    ]
+
+
+@law(
+    "safe_merge.all_or_nothing",
+    "after a refusal every tensor of the whole model is bit-equal and no layer is marked merged",
+    (Op.SAFE_MERGE,),
+    "layers before the poisoned one stay merged: the model is half one thing and half another",
+)
+def all_or_nothing(stage: Stage) -> Measurement | None:
+    """Poison the last of the adapted layers and compare the whole model with its clones after the refusal."""
+    poisoned = administer(stage)
+    if poisoned is None or poisoned.verdict != "refuse":
+        return None
+    error = attempt(stage, lambda: stage.attached.merge(stage.names, safe=True))
+    if error is None:
+        return None
+    changed = worst(_unchanged(stage, lambda key: True))
+    marked = [name for name, adapters in stage.attached.merged().items() if adapters]
+    if changed.holds and not marked:
+        return changed
+    note = f"'{poisoned.site}' refused; {changed.role} {changed.note}; marked merged: {', '.join(marked) or 'none'}"
+    return broken(":model", "half merged", note)
+
+
+@law(
+    "safe_merge.names",
+    "the error of a refused merge names the adapter",
+    (Op.SAFE_MERGE,),
+    "with ten adapters loaded, 'NaNs detected' helps nobody",
+    structural=True,
+)
+def names(stage: Stage) -> Measurement | None:
+    """Provoke a refusal and look for the adapter's name in the message."""
+    refused = _refused(stage)
+    if refused is None:
+        return None
+    poisoned, error = refused
+    name = stage.names[poisoned.adapter]
+    if re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", str(error)):
+        return NOTHING
+    return broken(":message", "unnamed", f"the message does not name '{name}': {error}")
+
+
+@law(
+    "safe_merge.agrees",
+    "safe and unsafe merges of finite values agree within one rounding of each, and so do their unmerges",
+    (Op.MERGE, Op.SAFE_MERGE, Op.UNMERGE),
+    "two code paths for one formula drift apart",
+)
+def agrees(stage: Stage) -> Measurement | None:
+    """Merge safely and unsafely, unmerge both, and compare.
+
+    Both paths compute the delta by the same code, so what differs is where it is rounded: each result is within
+    its own bound of the closed form.
+    """
+    merged, restored = [], []
+    for safe in (False, True):
+        stage.attached.merge(stage.names, safe=safe)
+        merged.append({k: t.detach().clone() for k, t in stage.attached.base_values().items()})
+        stage.attached.unmerge()
+        restored.append({k: t.detach().clone() for k, t in stage.attached.base_values().items()})
+        stage.put_back()
+    found = []
+    for name in stage.targeted:
+        budget, extra, forms = stage.roundtrip(name), stage.documented(name), stage.merged(name)
+        if not stage.sound(*forms.values()):
+            continue
+        for tensor, form in forms.items():
+            key, role = f"{name}.{tensor}", f"{name}:{tensor}"
+            found.append(compare(role, merged[1][key], merged[0][key].double(), 2 * form.bound))
+            both = 2 * budget[tensor]
+            more = 2 * extra[tensor] if tensor in extra else None
+            found.append(compare(role, restored[1][key], restored[0][key].double(), both, more))
+    return worst(found) if found else None

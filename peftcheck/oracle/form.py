@@ -1,0 +1,77 @@
+"""What a closed form is made of: the site it stands on, the machine it runs on, and its two functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from types import MappingProxyType
+
+from torch import Tensor
+
+from peftcheck.case import AdapterSpec, LayerSpec
+from peftcheck.rounding import Arithmetic, Bounded, precision
+
+
+class Family(Enum):
+    """How a method changes the base, which decides the derivation of its budgets."""
+
+    ADDITIVE = "additive"
+    NORMALIZED = "normalized"
+    SCALING = "scaling"
+    ROTATION = "rotation"
+    SNAPSHOT = "snapshot"
+    OPAQUE = "opaque"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The arithmetic under test: the base's storage, the adapter's, and whether exactness is to be proved."""
+
+    base: Arithmetic
+    adapter: Arithmetic
+    exact: bool
+
+    @property
+    def mixed(self) -> bool:
+        """Whether the adapter is stored in another dtype than the base."""
+        return self.base.store.dtype != self.adapter.store.dtype
+
+
+def machine(base_dtype, adapter_dtype, exact: bool) -> Machine:
+    """Return the machine of two torch dtypes."""
+    return Machine(Arithmetic(precision(base_dtype)), Arithmetic(precision(adapter_dtype)), exact)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One adapter on one layer: the pristine layer's spec, the adapter's options, its tensors by role."""
+
+    spec: LayerSpec
+    adapter: AdapterSpec
+    tensors: Mapping[str, Bounded]
+
+
+Base = Mapping[str, Bounded]
+"""A layer's own tensors by name: 'weight' and, where it has one, 'bias'."""
+
+
+@dataclass(frozen=True)
+class Formula:
+    """A method's closed form.
+
+    `merge(machine, site, base)` returns the tensors of the layer that the method replaces, merged. `forward(machine,
+    sites, base, x)` returns the adapted layer's output for all active adapters. `delta(machine, site)`, where the
+    method is additive, returns what is added to each tensor. `hints` tell the value generator what each role is
+    (see `values.adapter`); `dyadic` says that sums, products and powers of two suffice, so that the exact regime
+    exists. `roundtrip(machine, sites, base)` overrides the family's budget. `source`: paper and equation.
+    """
+
+    family: Family
+    merge: Callable[[Machine, Site, Base], dict[str, Bounded]]
+    forward: Callable[[Machine, Sequence[Site], Base, Bounded], Bounded]
+    source: str
+    delta: Callable[[Machine, Site], dict[str, Bounded]] | None = None
+    hints: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    dyadic: bool = True
+    roundtrip: Callable[[Machine, Sequence[Site], Base], dict[str, Tensor]] | None = None

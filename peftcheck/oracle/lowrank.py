@@ -1,0 +1,70 @@
+"""LoRA and what is built on a product of two factors."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import torch
+
+from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, LayerSpec
+from peftcheck.oracle.additive import additive
+from peftcheck.oracle.form import Machine, Site
+from peftcheck.oracle.layers import convolve, linear_map, oriented, pointwise, scaled_lookup, with_bias
+from peftcheck.rounding import Bounded
+
+
+def scale(adapter: AdapterSpec) -> float:
+    """Return alpha / r, or alpha / sqrt(r) with `rslora` (Kalajdzievski, 2023)."""
+    return adapter.alpha / (math.sqrt(adapter.rank) if adapter.option("rslora") else adapter.rank)
+
+
+def product(m: Machine, site: Site) -> Bounded:
+    """Return s B A as a matrix (out, in) or kernel (out, in, *k), in the adapter's arithmetic."""
+    a, b = site.tensors["A"], site.tensors["B"]
+    matrix = m.adapter.matmul(b.map(lambda t: t.flatten(1)), a.map(lambda t: t.flatten(1)))
+    if site.spec.kind in CONVOLUTIONS:
+        shape = (b.value.shape[0], *a.value.shape[1:])
+        matrix = matrix.map(lambda t: t.reshape(shape))
+    return m.adapter.scale(matrix, scale(site.adapter))
+
+
+def delta(m: Machine, site: Site) -> dict[str, Bounded]:
+    """Return s B A in the layer's orientation, and s times the bias of B where the adapter has one."""
+    change = {"weight": oriented(site.spec, product(m, site))}
+    if "B.bias" in site.tensors:
+        change["bias"] = m.adapter.scale(site.tensors["B.bias"], scale(site.adapter))
+    return change
+
+
+def path(m: Machine, site: Site, x: Bounded) -> Bounded:
+    """Return s (B (A x) + bias), each product stored in the adapter's dtype."""
+    a, b, spec = site.tensors["A"], site.tensors["B"], site.spec
+    if spec.kind in EMBEDDINGS:
+        ids = x.value.long()
+        hidden = a.map(lambda t: t.t()[ids])
+        y = m.adapter.scale(m.adapter.matmul(hidden, b.map(torch.t)), scale(site.adapter))
+        return y if spec.scale == 1.0 else scaled_lookup(m.base, spec, y)
+    x = m.adapter.rounded(x)
+    if spec.kind in CONVOLUTIONS:
+        y = convolve(m.adapter, _second(spec, b), b, convolve(m.adapter, _first(spec, a), a, x))
+    else:
+        hidden = m.adapter.matmul(x, a.map(torch.t))
+        y = m.adapter.matmul(hidden, b.map(torch.t))
+    y = with_bias(m.adapter, spec, y, site.tensors.get("B.bias"))
+    return m.adapter.scale(y, scale(site.adapter))
+
+
+def _first(spec: LayerSpec, a: Bounded) -> LayerSpec:
+    """Return the spec of the convolution by A, which sees all channels or those of a group."""
+    return replace(spec, groups=spec.n_in // a.value.shape[1])
+
+
+def _second(spec: LayerSpec, b: Bounded) -> LayerSpec:
+    """Return the spec of the 1x1 convolution by B, grouped like the layer where B is narrower than the rank."""
+    return replace(pointwise(spec), groups=spec.groups)
+
+
+LORA = additive(delta, path, "Hu et al., LoRA, 2021, eq. 3: W + (alpha / r) B A")
+
+FORMULAS = {"lora": LORA}

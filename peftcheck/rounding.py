@@ -1,0 +1,287 @@
+"""Running error analysis: values in fp64 that carry a proved bound on what a machine makes of them.
+
+The closed form of a method is written once, in the operations of an `Arithmetic`. Each operation computes the
+value in fp64 and adds to the bound what one rounding of the arithmetic under test may cost there (Wilkinson's
+running error analysis; Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., sections 2.2 and 3.3):
+
+    fl(x op y) = (x op y)(1 + d) + e,    abs(d) <= u,  abs(e) <= eta / 2
+    fl(sum of n products) = sum + d,     abs(d) <= gamma(n) sum abs(products),  gamma(n) = n a / (1 - n a)
+
+`u` is the unit roundoff of the dtype that a result is stored in, `a` that of the accumulator, `eta` the smallest
+subnormal. The bound is first order nowhere: incoming errors are propagated in full.
+
+The exact regime is the same mechanism. A value may carry a `quantum` q: every element is an integer multiple of
+q. Where the sum of absolute products over q fits the significand of the storage and of the accumulator, every
+partial sum in every order is representable, nothing rounds, and the operation adds zero to the bound.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from peftcheck.errors import HarnessError
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+_SIGNIFICAND = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.float16: 11}
+
+
+@dataclass(frozen=True)
+class Precision:
+    """The constants of a floating-point format as a store and of the accumulator that feeds it.
+
+    Half-precision kernels accumulate in fp32 (`calibration` measures that they do) and round once to store.
+    """
+
+    dtype: torch.dtype
+    bits: int
+    u: float
+    a: float
+    eta: float
+    largest: float
+
+    def gamma(self, n: int) -> float:
+        """Return `n a / (1 - n a)`; raises HarnessError unless `n a < 1/2`."""
+        if n * self.a >= 0.5:
+            raise HarnessError(f"gamma({n}) is meaningless with unit roundoff {self.a}")
+        return n * self.a / (1 - n * self.a)
+
+
+def precision(dtype: torch.dtype) -> Precision:
+    """Return the constants of `dtype` (one of the four floating-point formats of a base)."""
+    return _PRECISIONS[dtype]
+
+
+def _precision(dtype: torch.dtype) -> Precision:
+    info, bits = torch.finfo(dtype), _SIGNIFICAND[dtype]
+    accumulator = 2.0**-53 if dtype == torch.float64 else 2.0**-24
+    eta = info.tiny * 2.0 ** (1 - bits)
+    return Precision(dtype, bits, 2.0**-bits, accumulator, eta, info.max)
+
+
+_PRECISIONS = {dtype: _precision(dtype) for dtype in DTYPES.values()}
+EXACT_FP64 = _PRECISIONS[torch.float64]
+
+
+@dataclass(frozen=True)
+class Bounded:
+    """A tensor with a bound on how far a correct computation of it may be off.
+
+    `value` fp64; `error` fp64 of the same shape, or None for zero; `quantum` a power of two of which every
+    element of `value` is an integer multiple (only ever set together with `error=None`).
+    """
+
+    value: Tensor
+    error: Tensor | None = None
+    quantum: float | None = None
+
+    def map(self, move: Callable[[Tensor], Tensor]) -> Bounded:
+        """Apply `move`, which only rearranges or selects elements, to the value and to its bound."""
+        return Bounded(move(self.value), None if self.error is None else move(self.error), self.quantum)
+
+    @property
+    def bound(self) -> Tensor:
+        """The bound as a tensor, zeros where nothing rounds."""
+        return torch.zeros_like(self.value) if self.error is None else self.error
+
+    def ceiling(self) -> Tensor:
+        """Return `abs(value) + error`: no correct computation exceeds it."""
+        return self.value.abs() if self.error is None else self.value.abs() + self.error
+
+    def widened(self, extra: Tensor | float) -> Bounded:
+        """Return the value with `extra` added to its bound."""
+        return Bounded(self.value, self.bound + extra)
+
+
+def quantum_of(tensor: Tensor) -> float:
+    """Return the largest power of two that divides every element of `tensor` (2^64 if all are zero).
+
+    fp64, finite. Exact: the lowest set bit of each 53-bit significand, scaled by its exponent.
+    """
+    significand, exponent = torch.frexp(tensor.double())
+    integers = (significand * 2.0**53).to(torch.int64)
+    lowest = (integers & -integers).double()
+    quanta = torch.ldexp(lowest, exponent.double() - 53)
+    quanta = quanta[integers != 0]
+    return float(quanta.min()) if quanta.numel() else 2.0**64
+
+
+def leaf(tensor: Tensor, exact: bool = False) -> Bounded:
+    """Return a stored tensor as it is, without error; with `exact`, its quantum is measured too."""
+    value = tensor.detach().to(torch.float64, copy=True)
+    return Bounded(value, None, quantum_of(value) if exact and bool(torch.isfinite(value).all()) else None)
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """The operations of a machine that stores in `store` and accumulates in its accumulator.
+
+    Each method returns the fp64 value of the operation and a bound for its result as that machine computes it
+    from operands that are themselves within their bounds.
+    """
+
+    store: Precision
+
+    def _stored(self, value: Tensor, error: Tensor | None, terms: Tensor, n: int, quantum: float | None) -> Bounded:
+        """Round a result to storage: `terms` bounds its sum of absolute products, `n` counts its additions."""
+        if quantum is not None and error is None and self._representable(terms, quantum):
+            return Bounded(value, None, quantum)
+        carried = 0.0 if error is None else error
+        if n > 1:
+            carried = carried + self.store.gamma(n) * terms
+        return self._round(value, carried)
+
+    def _round(self, value: Tensor, carried: Tensor | float) -> Bounded:
+        half = self.store.u != self.store.a  # computed in fp32, then rounded again to store
+        u = self.store.u + (self.store.a * (1 + self.store.u) if half else 0.0)
+        return Bounded(value, carried + u * (value.abs() + carried) + self.store.eta)
+
+    def _representable(self, terms: Tensor, quantum: float) -> bool:
+        if terms.numel() == 0:
+            return True
+        largest = float(terms.max())
+        accumulator = 53 if self.store.dtype == torch.float64 else 24
+        room = min(2.0**self.store.bits, 2.0**accumulator)
+        return largest <= room * quantum and quantum >= self.store.eta and largest <= self.store.largest
+
+    def rounded(self, x: Bounded) -> Bounded:
+        """Cast to storage: one rounding."""
+        if x.quantum is not None and self._representable(x.value.abs(), x.quantum):
+            return x
+        return self._round(x.value, 0.0 if x.error is None else x.error)
+
+    def add(self, x: Bounded, y: Bounded) -> Bounded:
+        """Return x + y."""
+        error = _sum(x.error, y.error)
+        value = x.value + y.value
+        return self._stored(value, error, x.ceiling() + y.ceiling(), 1, _least(x, y))
+
+    def sub(self, x: Bounded, y: Bounded) -> Bounded:
+        """Return x - y."""
+        return self.add(x, replace(y, value=-y.value))
+
+    def mul(self, x: Bounded, y: Bounded) -> Bounded:
+        """Return the elementwise product (with broadcasting)."""
+        value = x.value * y.value
+        return self._stored(value, _product_error(x, y, torch.mul), x.ceiling() * y.ceiling(), 1, _times(x, y))
+
+    def scale(self, x: Bounded, factor: float) -> Bounded:
+        """Return x times a Python number, which the machine holds in fp64 or rounds to its accumulator."""
+        if factor == 1.0:
+            return x
+        exact = x.quantum is not None
+        scalar = Bounded(torch.tensor(factor, dtype=torch.float64), None, _power_of_two(factor) if exact else None)
+        if scalar.quantum is None and not exact and _mantissa(factor) > 24 and self.store.dtype != torch.float64:
+            scalar = scalar.widened(2.0**-24 * abs(factor))
+        return self.mul(x, scalar)
+
+    def div(self, x: Bounded, y: Bounded) -> Bounded:
+        """Return x / y; the bound is infinite where y's bound reaches zero."""
+        value = x.value / y.value
+        ey = y.bound
+        room = (y.value.abs() - ey).clamp_min(0.0)
+        error = (x.bound + value.abs() * ey) / room
+        return self._round(value, torch.where(value.isfinite(), error, torch.full_like(error, math.inf)))
+
+    def matmul(self, x: Bounded, y: Bounded) -> Bounded:
+        """Return the matrix product; the inner dimension may be summed in any order."""
+        return self.bilinear(torch.matmul, x, y, x.value.shape[-1])
+
+    def bilinear(self, op: Callable[[Tensor, Tensor], Tensor], x: Bounded, y: Bounded, n: int) -> Bounded:
+        """Return `op(x, y)` for a bilinear `op` that sums at most `n` products per element in any order."""
+        value = op(x.value, y.value)
+        terms = op(x.ceiling(), y.ceiling())
+        return self._stored(value, _product_error(x, y, op), terms, n, _times(x, y))
+
+    def sum(self, x: Bounded, dim: int | tuple[int, ...], keepdim: bool = True) -> Bounded:
+        """Return the sum over `dim`, in any order."""
+        dims = (dim,) if isinstance(dim, int) else dim
+        n = math.prod(x.value.shape[d] for d in dims)
+        error = None if x.error is None else x.error.sum(dims, keepdim)
+        return self._stored(x.value.sum(dims, keepdim), error, x.ceiling().sum(dims, keepdim), n, x.quantum)
+
+    def sqrt(self, x: Bounded) -> Bounded:
+        """Return the square root; `abs(sqrt(x + e) - sqrt(x)) <= e / sqrt(x)` and `<= sqrt(e)`."""
+        value = x.value.clamp_min(0.0).sqrt()
+        error = torch.minimum(x.bound / value, x.bound.sqrt()) if x.error is not None else torch.zeros_like(value)
+        return self._round(value, torch.nan_to_num(error, nan=0.0))
+
+    def norm(self, x: Bounded, dim: int | tuple[int, ...]) -> Bounded:
+        """Return the 2-norm over `dim`, keeping it.
+
+        The sum of n squares is off by gamma(n + 1) relatively, its root by half of that, then one rounding;
+        an incoming error e moves the norm by at most norm(e).
+        """
+        dims = (dim,) if isinstance(dim, int) else dim
+        n = math.prod(x.value.shape[d] for d in dims)
+        value = torch.linalg.vector_norm(x.value, dim=dims, keepdim=True)
+        carried = self.store.gamma(n + 1) * value
+        if x.error is not None:
+            carried = carried + torch.linalg.vector_norm(x.error, dim=dims, keepdim=True)
+        return self._round(value, carried)
+
+    def apply(self, x: Bounded, function: Callable[[Tensor], Tensor], slope: Tensor | float, ulps: float = 4) -> Bounded:
+        """Return `function(x)` elementwise, for a function whose derivative is at most `slope` in absolute value.
+
+        `ulps`: how many units roundoff the machine's implementation of the function may err relatively.
+        """
+        value = function(x.value)
+        return self._round(value, x.bound * slope + (ulps - 1) * self.store.a * value.abs())
+
+
+def _product_error(x: Bounded, y: Bounded, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
+    error = None
+    if y.error is not None:
+        error = op(x.value.abs(), y.error)
+    if x.error is not None:
+        error = _sum(error, op(x.error, y.ceiling()))
+    return error
+
+
+def _sum(x: Tensor | None, y: Tensor | None) -> Tensor | None:
+    if x is None or y is None:
+        return y if x is None else x
+    return x + y
+
+
+def _least(x: Bounded, y: Bounded) -> float | None:
+    return None if x.quantum is None or y.quantum is None else min(x.quantum, y.quantum)
+
+
+def _times(x: Bounded, y: Bounded) -> float | None:
+    if x.quantum is None or y.quantum is None:
+        return None
+    return x.quantum * y.quantum
+
+
+def _power_of_two(factor: float) -> float:
+    significand, exponent = math.frexp(factor)
+    integer = int(significand * 2**53)
+    return math.ldexp(integer & -integer, exponent - 53) if integer else 2.0**64
+
+
+def _mantissa(factor: float) -> int:
+    integer = int(abs(math.frexp(factor)[0]) * 2**53)
+    return 53 - ((integer & -integer).bit_length() - 1) if integer else 0
+
+
+def judged(x: Bounded, oracle: Precision = EXACT_FP64, machine: Precision | None = None) -> Tensor:
+    """Return the budget for comparing a machine's result with this fp64 value.
+
+    The oracle itself computes in fp64, with the same operations, so it errs by at most the machine's bound
+    times the quotient of the two unit roundoffs: twice the bound for an fp64 machine, 1 + 2^-29 otherwise.
+    Where nothing rounds the budget is zero.
+    """
+    if x.error is None:
+        return torch.zeros_like(x.value)
+    machine = machine or oracle
+    return x.error * (1 + oracle.a / machine.a)

@@ -1,0 +1,328 @@
+"""The stage that laws act on: a case built, attached and filled once, with what the oracle says of it.
+
+Everything the laws compare with is kept here, outside the library: pristine clones of every base tensor, the
+outputs of the pristine model, the closed forms. Laws never see each other's traces: the engine restores the
+library's objects between them, and what is cached here is a function of the case alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from peftcheck import budgets, models, values
+from peftcheck.architecture import Architecture, architecture
+from peftcheck.case import EMBEDDINGS, Case, LayerSpec
+from peftcheck.implementation import Attached, Claim, Implementation, Op, Variant
+from peftcheck.oracle import FORMULAS, Base, Formula, Machine, Site, machine
+from peftcheck.rounding import DTYPES, Bounded, leaf, precision
+
+
+@dataclass
+class Record:
+    """One adapted layer in the adapted run: its input and its output."""
+
+    x: Tensor
+    y: Tensor
+
+
+@dataclass
+class Stage:
+    """A case on stage. `pristine`: clones of the base's tensors before attaching; `start`: after it.
+
+    `put_back` restores the start, for laws that need it more than once; the engine sets it.
+    """
+
+    case: Case
+    implementation: Implementation
+    variant: Variant
+    formula: Formula
+    machine: Machine
+    attached: Attached
+    architecture: Architecture
+    inputs: dict[str, Tensor]
+    pristine: dict[str, Tensor]
+    pristine_outputs: dict[str, Tensor]
+    start: dict[str, Tensor] = field(default_factory=dict)
+    start_adapters: dict[str, dict[tuple[str, str], Tensor]] = field(default_factory=dict)
+    _sites: dict[tuple[int, str], Site] = field(default_factory=dict)
+    _stored: dict[str, Bounded] = field(default_factory=dict)
+    _merged: dict[tuple, dict[str, Base]] = field(default_factory=dict)
+    _records: dict[str, Record] | Exception | None = None
+    _effect: float | None = None
+    put_back: Callable[[], None] = lambda: None
+
+    # what the case is
+
+    def spec(self, name: str) -> LayerSpec:
+        """Return the spec of the layer `name`."""
+        return next(spec for spec in self.case.layers if spec.name == name)
+
+    def adapters_on(self, name: str) -> tuple[int, ...]:
+        """Return the indices of the adapters that target the layer, in order."""
+        return tuple(
+            index
+            for index, adapter in enumerate(self.case.adapters)
+            if name in [self.case.layers[target].name for target in adapter.targets]
+        )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters' names, in order; all of them are active at the start of a law."""
+        return tuple(adapter.name for adapter in self.case.adapters)
+
+    @property
+    def targeted(self) -> tuple[str, ...]:
+        """The names of the layers that at least one adapter targets."""
+        return tuple(spec.name for spec in self.case.layers if self.adapters_on(spec.name))
+
+    def claims(self, op: Op) -> Claim:
+        """Return the weakest claim for `op` over all targeted layers and adapters of the case."""
+        found = [
+            self.variant.claim(op, self.case.layers[target], adapter)
+            for adapter in self.case.adapters
+            for target in adapter.targets
+        ]
+        return next((c for c in (Claim.ABSENT, Claim.REFUSES) if c in found), Claim.YES)
+
+    def can(self, *ops: Op) -> bool:
+        """Return whether every operation is claimed to work on every adapted layer of the case."""
+        return all(self.claims(op) is Claim.YES for op in ops)
+
+    # what the oracle says of it
+
+    def base(self, name: str) -> Base:
+        """Return the tensors of a layer as the base holds them at the start of a law."""
+        prefix = name + "."
+        return {
+            key[len(prefix) :]: self._leaf(key, tensor)
+            for key, tensor in self.start.items()
+            if key.startswith(prefix) and "." not in key[len(prefix) :]
+        }
+
+    def _leaf(self, key: str, tensor: Tensor) -> Bounded:
+        if key not in self._stored:
+            self._stored[key] = leaf(tensor, self.machine.exact)
+        return self._stored[key]
+
+    def site(self, index: int, name: str) -> Site:
+        """Return adapter `index` on layer `name`, as the closed forms want it."""
+        key = (index, name)
+        if key not in self._sites:
+            adapter = self.case.adapters[index]
+            self._sites[key] = self.site_of(index, name, self.start_adapters[adapter.name])
+        return self._sites[key]
+
+    def site_of(self, index: int, name: str, tensors: dict[tuple[str, str], Tensor]) -> Site:
+        """Return the same for other tensors of the adapter (poisoned, trained)."""
+        adapter = self.case.adapters[index]
+        own = {role: leaf(tensor, self.machine.exact) for (site, role), tensor in tensors.items() if site == name}
+        return Site(self.spec(name), adapter, own)
+
+    def sites(self, name: str, adapters: Sequence[int] | None = None) -> tuple[Site, ...]:
+        """Return the sites on a layer, of all adapters or of those given, in order."""
+        wanted = self.adapters_on(name) if adapters is None else [i for i in adapters if i in self.adapters_on(name)]
+        return tuple(self.site(index, name) for index in wanted)
+
+    def merged(self, name: str, adapters: Sequence[int] | None = None) -> Base:
+        """Return the tensors that merging changes, after the adapters are merged in order, with their bounds."""
+        sites = self.sites(name, adapters)
+        key = (name, tuple(site.adapter.name for site in sites))
+        if key not in self._merged:
+            self._merged[key] = self.merge_of(sites, self.base(name))
+        return self._merged[key]
+
+    def merge_of(self, sites: Sequence[Site], base: Base) -> Base:
+        """Return the same for any sites and base."""
+        changed: Base = {}
+        for site in sites:
+            changed = {**changed, **self.formula.merge(self.machine, site, {**base, **changed})}
+        return changed
+
+    def roundtrip(self, name: str, adapters: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Return the round-trip budget of a layer's tensors."""
+        return budgets.roundtrip(self.machine, self.formula, self.sites(name, adapters), self.base(name))
+
+    def documented(self, name: str, adapters: Sequence[int] | None = None, cycles: int = 1) -> dict[str, Tensor]:
+        """Return the sum of the bounds that the variant documents for its round trips, by tensor; else empty."""
+        total: dict[str, Tensor] = {}
+        for bound in self.variant.documented:
+            sites = self.sites(name, adapters)
+            extras = budgets.DOCUMENTED[bound](self.machine, self.formula, sites, self.base(name), cycles)
+            for tensor, extra in extras.items():
+                total[tensor] = total.get(tensor, 0.0) + extra
+        return total
+
+    def output(self, name: str, x: Tensor, adapters: Sequence[int] | None = None) -> Bounded:
+        """Return the adapted layer's output on x by the closed form."""
+        return self.formula.forward(self.machine, self.sites(name, adapters), self.base(name), self.activation(name, x))
+
+    def activation(self, name: str, x: Tensor) -> Bounded:
+        """Return an input as a leaf (ids of an embedding are not measured for a quantum)."""
+        return leaf(x, self.machine.exact and self.spec(name).kind not in EMBEDDINGS)
+
+    def sound(self, *forms: Bounded) -> bool:
+        """Return whether the closed form stays clear of overflow, so that a comparison of numbers means anything."""
+        largest = self.machine.base.store.largest / 2
+        return all(bool((form.ceiling() <= largest).all()) for form in forms)
+
+    @property
+    def finite(self) -> bool:
+        """Whether merging the adapters one by one stays clear of overflow everywhere (else a refusal is right)."""
+        return all(
+            self.sound(*self.merged(name, own[: count + 1]).values())
+            for name in self.targeted
+            for own in [self.adapters_on(name)]
+            for count in range(len(own))
+        )
+
+    @property
+    def outputs_count(self) -> bool:
+        """Whether outputs are judged: not where they would be subnormal."""
+        return self.case.profile not in values.WEIGHTS_ONLY
+
+    def effect(self) -> float:
+        """Return how far the adapters move the weights: the largest norm(M - W) / norm(W) over the layers.
+
+        By the oracle, never from the library's result. Where the library does not merge: how far they move the
+        outputs, by the closed form.
+        """
+        if self._effect is None:
+            pairs = self._moved_weights() if self.can(Op.MERGE) else self._moved_outputs()
+            self._effect = max((_relative(change, size) for change, size in pairs), default=0.0)
+        return self._effect
+
+    def _moved_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for name in self.targeted:
+            base = self.base(name)
+            for tensor, form in self.merged(name).items():
+                start = base[tensor].value if tensor in base else torch.zeros_like(form.value)
+                yield form.value - start, start
+
+    def _moved_outputs(self) -> Iterator[tuple[Tensor, Tensor]]:
+        for name in self.targeted:
+            plain = self.pristine_outputs[name].double()
+            yield self.output(name, self.inputs[name]).value - plain, plain
+
+    # what the library does
+
+    def records(self) -> dict[str, Record]:
+        """Return input and output of each adapted layer in one run of the adapted, unmerged model."""
+        if isinstance(self._records, Exception):
+            raise self._records
+        if self._records is None:
+            self._records = record(self)
+        return self._records
+
+    def call(self, name: str, x: Tensor) -> Tensor:
+        """Run the layer that stands at `name` now on a recorded input."""
+        with torch.no_grad():
+            return self.attached.layer(name)(x)
+
+
+def _relative(change: Tensor, size: Tensor) -> float:
+    moved, scale = float(torch.linalg.vector_norm(change)), float(torch.linalg.vector_norm(size))
+    return moved / scale if scale else moved
+
+
+def record(stage: Stage) -> dict[str, Record]:
+    """Run the model once and return input and output of each targeted layer."""
+    seen: dict[str, Record] = {}
+    handles = []
+    for name in stage.targeted:
+
+        def keep(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
+            seen[name] = Record(args[0].detach().clone(), output.detach().clone())
+
+        handles.append(stage.attached.layer(name).register_forward_hook(keep))
+    try:
+        with torch.no_grad():
+            stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+def set_up(implementation: Implementation, case: Case) -> Stage:
+    """Build the model, attach the adapters, fill every tensor: the start from which each law begins.
+
+    Raises what the library raises while attaching.
+    """
+    variant = implementation.variants()[case.sweep.variant]
+    formula = FORMULAS[variant.formula]
+    base_dtype, adapter_dtype = DTYPES[case.sweep.dtype], DTYPES[case.adapter_dtype]
+    model = models.build(case)
+    pristine = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    inputs = models.inputs(case)
+    with torch.no_grad():
+        plain = {spec.name: model.get_submodule(spec.name)(inputs[spec.name]) for spec in case.layers}
+    before = architecture(model)
+    attached = implementation.attach(model, case)
+    stage = Stage(
+        case,
+        implementation,
+        variant,
+        formula,
+        machine(base_dtype, adapter_dtype, case.profile == "dyadic"),
+        attached,
+        before,
+        inputs,
+        pristine,
+        plain,
+    )
+    fill(stage)
+    return stage
+
+
+def fill(stage: Stage) -> None:
+    """Write the case's values into every adapter tensor and note where everything stands."""
+    case = stage.case
+    shared: set[int] = set()
+    with torch.no_grad():
+        for index, adapter in enumerate(case.adapters):
+            for (site, role), tensor in stage.attached.adapter_tensors(adapter.name).items():
+                hint = stage.formula.hints.get(role, "factor")
+                if hint == "keep" or not tensor.is_floating_point() or tensor.data_ptr() in shared:
+                    continue
+                if hint == "projection":
+                    shared.add(tensor.data_ptr())  # one projection serves several sites: write it once
+                tensor.copy_(values.adapter(case, index, site, role, tuple(tensor.shape), hint))
+    note_start(stage)
+    if case.profile == "cancelling":
+        cancel(stage)
+
+
+def note_start(stage: Stage) -> None:
+    """Clone every base and adapter tensor as it stands: the start that laws compare with."""
+    stage.start = {name: tensor.detach().clone() for name, tensor in stage.attached.base_tensors().items()}
+    stage.start_adapters = {
+        adapter.name: {key: t.detach().clone() for key, t in stage.attached.adapter_tensors(adapter.name).items()}
+        for adapter in stage.case.adapters
+    }
+    stage._sites.clear()
+    stage._stored.clear()
+    stage._merged.clear()
+
+
+def cancel(stage: Stage) -> None:
+    """Set the base of each targeted layer to minus its delta plus a few units in the last place."""
+    if stage.formula.delta is None or not stage.can(Op.MERGE):
+        return
+    u = precision(DTYPES[stage.case.sweep.dtype]).u
+    tensors = stage.attached.base_tensors()
+    with torch.no_grad():
+        for name in stage.targeted:
+            for site in stage.sites(name):
+                change = stage.formula.delta(stage.machine, site).get("weight")
+                if change is not None:
+                    tensors[f"{name}.weight"].copy_(-change.value * (1 + 4 * u))
+    note_start(stage)
+    with torch.no_grad(), stage.attached.disabled():
+        outputs = stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
+    for spec, output in zip(stage.case.layers, outputs, strict=True):
+        stage.pristine_outputs[spec.name] = output.detach().clone()
+    stage.pristine.update({key: t for key, t in stage.start.items() if key in stage.pristine})

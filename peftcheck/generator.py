@@ -79,7 +79,7 @@ def _layers(rng: random.Random, variant: Variant, kind: str) -> tuple[LayerSpec,
     count = rng.choice([1, 1, 2, 2, 3, 4])
     layers: list[LayerSpec] = []
     for name in names[:count]:
-        layers.append(_layer(rng, variant, kind, name))
+        layers.append(variant.admit(_layer(rng, variant, kind, name)))
     if kind in ("linear", *EMBEDDINGS) and count > 1 and rng.random() < 0.15:
         layers[-1] = replace(layers[0], name=layers[-1].name, tied=layers[0].name, bias=layers[-1].bias and kind == "linear")
     return tuple(layers)

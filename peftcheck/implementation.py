@@ -93,7 +93,8 @@ class Variant:
     `formula` names the closed form in `oracle.FORMULAS`. `layers` are the layer kinds that the library accepts;
     on any other kind attaching must be refused. `options` are the values that the generator may draw for each
     option, `constants` those that make the variant what it is. `fit` makes drawn options valid for the layers
-    (in the exact regime: dyadic). `admit` makes a drawn layer one that the library accepts, where it declares a
+    (in the exact regime: dyadic); `fit_all` sees to what the adapters of a case must have in common (a projection
+    that they share). `admit` makes a drawn layer one that the library accepts, where it declares a
     limit (no groups, an even number of outputs). `claim` says per operation, layer and adapter what the library claims.
     `documented` names bounds in `budgets.DOCUMENTED` for inexactness that the library announces. `avoids` are
     value profiles without meaning for the method. `rewrites_base`: attaching changes the base by design.
@@ -105,6 +106,7 @@ class Variant:
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: MappingProxyType({}))
     constants: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     fit: Callable[[AdapterSpec, tuple[LayerSpec, ...], bool], AdapterSpec] = _as_drawn
+    fit_all: Callable[[tuple[AdapterSpec, ...], tuple[LayerSpec, ...]], tuple[AdapterSpec, ...]] = _all_as_drawn
     admit: Callable[[LayerSpec], LayerSpec] = _layer_as_drawn
     claim: Callable[[Op, LayerSpec, AdapterSpec], Claim] = _everywhere
     inverts: Inverts = Inverts.FLOAT

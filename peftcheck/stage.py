@@ -137,6 +137,8 @@ class Stage:
 
     def merge_of(self, sites: Sequence[Site], base: Base) -> Base:
         """Return the same for any sites and base."""
+        if self.formula.merge_many is not None:
+            return self.formula.merge_many(self.machine, sites, base) if sites else {}
         changed: Base = {}
         for site in sites:
             changed = {**changed, **self.formula.merge(self.machine, site, {**base, **changed})}

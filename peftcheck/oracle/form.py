@@ -63,7 +63,8 @@ class Formula:
     `merge(machine, site, base)` returns the tensors of the layer that the method replaces, merged. `forward(machine,
     sites, base, x)` returns the adapted layer's output for all active adapters. `delta(machine, site)`, where the
     method is additive, returns what is added to each tensor. `hints` tell the value generator what each role is
-    (see `values.adapter`); `dyadic` says that sums, products and powers of two suffice, so that the exact regime
+    (see `values.adapter`); `merge_many(machine, sites, base)` stands in for merging one after the other where a later
+    adapter depends on more than what the earlier ones left (a norm of the unmerged weight). `dyadic` says that sums, products and powers of two suffice, so that the exact regime
     exists. `roundtrip(machine, sites, base)` overrides the family's budget. `source`: paper and equation.
     """
 
@@ -74,4 +75,5 @@ class Formula:
     delta: Callable[[Machine, Site], dict[str, Bounded]] | None = None
     hints: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     dyadic: bool = True
+    merge_many: Callable[[Machine, Sequence[Site], Base], dict[str, Bounded]] | None = None
     roundtrip: Callable[[Machine, Sequence[Site], Base], dict[str, Tensor]] | None = None

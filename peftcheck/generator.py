@@ -156,4 +156,4 @@ def _adapters(rng, variant: Variant, layers, targets, exact: bool) -> tuple[Adap
         options = {key: rng.choice(choices) for key, choices in sorted(variant.options.items())}
         adapter = AdapterSpec(name, own, rank, alpha, tuple(sorted(options.items())))
         made.append(variant.fit(adapter, layers, exact))
-    return tuple(made)
+    return variant.fit_all(tuple(made), layers)

@@ -82,6 +82,14 @@ def _as_drawn(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bool) 
     return adapter
 
 
+def _all_as_drawn(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ...]) -> tuple[AdapterSpec, ...]:
+    return adapters
+
+
+def _all_as_drawn(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ...]) -> tuple[AdapterSpec, ...]:
+    return adapters
+
+
 def _layer_as_drawn(layer: LayerSpec) -> LayerSpec:
     return layer
 

@@ -86,10 +86,6 @@ def _all_as_drawn(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ..
     return adapters
 
 
-def _all_as_drawn(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ...]) -> tuple[AdapterSpec, ...]:
-    return adapters
-
-
 def _layer_as_drawn(layer: LayerSpec) -> LayerSpec:
     return layer
 

@@ -236,10 +236,16 @@ def record(stage: Stage) -> dict[str, Record]:
     handles = []
     for name in stage.targeted:
 
-        def keep(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
-            seen[name] = Record(args[0].detach().clone(), output.detach().clone())
+        # a library's own hooks may change the input before and the output after: look before the first, after the last
+        def arrives(module: nn.Module, args: tuple, name: str = name) -> None:
+            seen[name] = Record(args[0].detach().clone(), args[0])
 
-        handles.append(stage.attached.layer(name).register_forward_hook(keep))
+        def leaves(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
+            seen[name].y = output.detach().clone()
+
+        layer = stage.attached.layer(name)
+        handles.append(layer.register_forward_pre_hook(arrives, prepend=True))
+        handles.append(layer.register_forward_hook(leaves))
     try:
         with torch.no_grad():
             stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])

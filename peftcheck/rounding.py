@@ -5,10 +5,11 @@ value in fp64 and adds to the bound what one rounding of the arithmetic under te
 running error analysis; Higham, *Accuracy and Stability of Numerical Algorithms*, 2nd ed., sections 2.2 and 3.3):
 
     fl(x op y) = (x op y)(1 + d) + e,    abs(d) <= u,  abs(e) <= eta / 2
-    fl(sum of n products) = sum + d,     abs(d) <= gamma(n) sum abs(products),  gamma(n) = n a / (1 - n a)
+    fl(sum of n products) = sum + d,     abs(d) <= gamma(n) sum abs(products) + n eta,  gamma(n) = n a / (1 - n a)
 
 `u` is the unit roundoff of the dtype that a result is stored in, `a` that of the accumulator, `eta` the smallest
-subnormal. The bound is first order nowhere: incoming errors are propagated in full.
+subnormal (of the accumulator where products are summed). The bound is first order nowhere: incoming errors are
+propagated in full. Where a result may overflow its bound is infinite: such a value vouches for nothing.
 
 The exact regime is the same mechanism. A value may carry a `quantum` q: every element is an integer multiple of
 q. Where the sum of absolute products over q fits the significand of the storage and of the accumulator, every
@@ -21,6 +22,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -39,7 +41,8 @@ _SIGNIFICAND = {torch.float64: 53, torch.float32: 24, torch.bfloat16: 8, torch.f
 class Precision:
     """The constants of a floating-point format as a store and of the accumulator that feeds it.
 
-    Half-precision kernels accumulate in fp32 (`calibration` measures that they do) and round once to store.
+    Half-precision kernels accumulate in fp32 (`calibration` measures that they do) and round once to store. `u`,
+    `a`: unit roundoffs of store and accumulator; `eta`, `largest`: smallest subnormal and largest number of the store.
     """
 
     dtype: torch.dtype
@@ -48,6 +51,16 @@ class Precision:
     a: float
     eta: float
     largest: float
+
+    @property
+    def accumulator(self) -> Precision:
+        """The format that sums are kept in: fp64 for fp64, else fp32."""
+        return _PRECISIONS[torch.float64 if self.dtype == torch.float64 else torch.float32]
+
+    @property
+    def roundoff(self) -> float:
+        """The relative error of one stored operation: u, or (1 + u)(1 + a) - 1 where it is rounded to a first."""
+        return self.u if self.u == self.a else self.u + self.a * (1 + self.u)
 
     def gamma(self, n: int) -> float:
         """Return `n a / (1 - n a)`; raises HarnessError unless `n a < 1/2`."""
@@ -77,16 +90,19 @@ class Bounded:
     """A tensor with a bound on how far a correct computation of it may be off.
 
     `value` fp64; `error` fp64 of the same shape, or None for zero; `quantum` a power of two of which every
-    element of `value` is an integer multiple (only ever set together with `error=None`).
+    element of `value` is an integer multiple (only ever set together with `error=None`). `products`, where the value
+    comes straight out of a kernel, are the sum of its absolute products and their number (see `Arithmetic.join`).
     """
 
     value: Tensor
     error: Tensor | None = None
     quantum: float | None = None
+    products: tuple[Tensor, int] | None = None
 
     def map(self, move: Callable[[Tensor], Tensor]) -> Bounded:
         """Apply `move`, which only rearranges or selects elements, to the value and to its bound."""
-        return Bounded(move(self.value), None if self.error is None else move(self.error), self.quantum)
+        products = None if self.products is None else (move(self.products[0]), self.products[1])
+        return Bounded(move(self.value), None if self.error is None else move(self.error), self.quantum, products)
 
     @property
     def bound(self) -> Tensor:
@@ -107,12 +123,10 @@ def quantum_of(tensor: Tensor) -> float:
 
     fp64, finite. Exact: the lowest set bit of each 53-bit significand, scaled by its exponent.
     """
-    significand, exponent = torch.frexp(tensor.double())
-    integers = (significand * 2.0**53).to(torch.int64)
-    lowest = (integers & -integers).double()
-    quanta = torch.ldexp(lowest, exponent.double() - 53)
-    quanta = quanta[integers != 0]
-    return float(quanta.min()) if quanta.numel() else 2.0**64
+    significand, exponent = np.frexp(tensor.detach().double().numpy())
+    integers = np.ldexp(significand, 53).astype(np.int64)
+    quanta = np.ldexp((integers & -integers).astype(np.float64), exponent - 53)[integers != 0]
+    return float(quanta.min()) if quanta.size else 2.0**64
 
 
 def leaf(tensor: Tensor, exact: bool = False) -> Bounded:
@@ -137,21 +151,30 @@ class Arithmetic:
             return Bounded(value, None, quantum)
         carried = 0.0 if error is None else error
         if n > 1:
-            carried = carried + self.store.gamma(n) * terms
+            kept = self.store.accumulator
+            carried = carried + (self.store.gamma(n) * terms + n * kept.eta)
+            if not _below(terms, kept.largest / 2):
+                carried = torch.where(terms <= kept.largest / 2, carried, math.inf)
         return self._round(value, carried)
 
     def _round(self, value: Tensor, carried: Tensor | float) -> Bounded:
-        half = self.store.u != self.store.a  # computed in fp32, then rounded again to store
-        u = self.store.u + (self.store.a * (1 + self.store.u) if half else 0.0)
-        return Bounded(value, carried + u * (value.abs() + carried) + self.store.eta)
+        """Round a value that is off by `carried` already to storage, where it may overflow."""
+        ceiling = value.abs() + carried
+        error = carried + (self.store.roundoff * ceiling + self.store.eta)
+        if not _below(ceiling + error, self.store.largest):
+            error = torch.where(ceiling + error <= self.store.largest, error, math.inf)
+        return Bounded(value, error)
 
     def _representable(self, terms: Tensor, quantum: float) -> bool:
+        """Return whether every partial sum of the terms is a number of the store, hence of its accumulator too.
+
+        Each is an integer multiple of the quantum, at most 2^bits quanta large: such multiples have no more than
+        `bits` significant bits. The quantum is no finer than the smallest subnormal, the sum below overflow.
+        """
         if terms.numel() == 0:
             return True
         largest = float(terms.max())
-        accumulator = 53 if self.store.dtype == torch.float64 else 24
-        room = min(2.0**self.store.bits, 2.0**accumulator)
-        return largest <= room * quantum and quantum >= self.store.eta and largest <= self.store.largest
+        return largest <= 2.0**self.store.bits * quantum and quantum >= self.store.eta and largest <= self.store.largest
 
     def rounded(self, x: Bounded) -> Bounded:
         """Cast to storage: one rounding."""
@@ -174,23 +197,46 @@ class Arithmetic:
         value = x.value * y.value
         return self._stored(value, _product_error(x, y, torch.mul), x.ceiling() * y.ceiling(), 1, _times(x, y))
 
+    def join(self, x: Bounded, addend: Bounded) -> Bounded:
+        """Return x + addend, where the kernel that summed x may have put the addend into its sum (a bias).
+
+        Apart: two roundings, as in `add`. Within: the n products and the addend meet at most n + 1 roundings each,
+        gamma(n + 1) of all their absolute values, wherever the sum starts; a large addend makes each of them count.
+        The bound covers both. In the exact regime every partial sum with the addend has to be representable.
+        """
+        apart = self.add(x, addend)
+        if x.products is None:
+            return apart
+        terms, n = x.products
+        together = terms + addend.ceiling()
+        if apart.quantum is not None:
+            if self._representable(together, apart.quantum):
+                return apart
+            apart = self._round(apart.value, 0.0)
+        carried = self.store.gamma(n + 1) * together
+        if x.error is not None:
+            carried = carried - self.store.gamma(n) * terms  # which is in the bound of x
+        return apart.widened(carried * (1 + self.store.roundoff))
+
     def scale(self, x: Bounded, factor: float) -> Bounded:
         """Return x times a Python number, which the machine holds in fp64 or rounds to its accumulator."""
         if factor == 1.0:
             return x
-        exact = x.quantum is not None
-        scalar = Bounded(torch.tensor(factor, dtype=torch.float64), None, _power_of_two(factor) if exact else None)
-        if scalar.quantum is None and not exact and _mantissa(factor) > 24 and self.store.dtype != torch.float64:
-            scalar = scalar.widened(2.0**-24 * abs(factor))
-        return self.mul(x, scalar)
+        held = factor if self.store.dtype == torch.float64 else float(torch.tensor(factor, dtype=torch.float32))
+        number = torch.tensor(factor, dtype=torch.float64)
+        if held != factor:
+            return self.mul(x, Bounded(number, torch.full_like(number, abs(held - factor))))
+        return self.mul(x, Bounded(number, None, None if x.quantum is None else quantum_of(number)))
 
     def div(self, x: Bounded, y: Bounded) -> Bounded:
-        """Return x / y; the bound is infinite where y's bound reaches zero."""
+        """Return x / y; the bound is infinite where y's bound reaches zero.
+
+        (x + dx) / (y + dy) - x / y = (dx - (x / y) dy) / (y + dy).
+        """
         value = x.value / y.value
-        ey = y.bound
-        room = (y.value.abs() - ey).clamp_min(0.0)
-        error = (x.bound + value.abs() * ey) / room
-        return self._round(value, torch.where(value.isfinite(), error, torch.full_like(error, math.inf)))
+        room = y.value.abs() - y.bound
+        error = (x.bound + value.abs() * y.bound) / room
+        return self._round(value, torch.where((room > 0) & value.isfinite(), error, math.inf))
 
     def matmul(self, x: Bounded, y: Bounded) -> Bounded:
         """Return the matrix product; the inner dimension may be summed in any order."""
@@ -200,7 +246,7 @@ class Arithmetic:
         """Return `op(x, y)` for a bilinear `op` that sums at most `n` products per element in any order."""
         value = op(x.value, y.value)
         terms = op(x.ceiling(), y.ceiling())
-        return self._stored(value, _product_error(x, y, op), terms, n, _times(x, y))
+        return replace(self._stored(value, _product_error(x, y, op), terms, n, _times(x, y)), products=(terms, n))
 
     def sum(self, x: Bounded, dim: int | tuple[int, ...], keepdim: bool = True) -> Bounded:
         """Return the sum over `dim`, in any order."""
@@ -210,32 +256,46 @@ class Arithmetic:
         return self._stored(x.value.sum(dims, keepdim), error, x.ceiling().sum(dims, keepdim), n, x.quantum)
 
     def sqrt(self, x: Bounded) -> Bounded:
-        """Return the square root; `abs(sqrt(x + e) - sqrt(x)) <= e / sqrt(x)` and `<= sqrt(e)`."""
-        value = x.value.clamp_min(0.0).sqrt()
-        error = torch.minimum(x.bound / value, x.bound.sqrt()) if x.error is not None else torch.zeros_like(value)
-        return self._round(value, torch.nan_to_num(error, nan=0.0))
+        """Return the square root of what no correct computation makes negative (a sum of squares).
+
+        abs(sqrt(x + e) - sqrt(x)) = abs(e) / (sqrt(x + e) + sqrt(x)) <= min(e / sqrt(x), sqrt(e)). The second grows
+        more slowly than e, so that an fp64 oracle may use up to 2^-14 of it (see `judged`).
+        """
+        value = x.value.sqrt()
+        if x.error is None:
+            return self._round(value, 0.0)
+        root = x.error.sqrt()
+        return self._round(value, (1 + 2.0**-14) * torch.where(value > root, x.error / value, root))
 
     def norm(self, x: Bounded, dim: int | tuple[int, ...]) -> Bounded:
         """Return the 2-norm over `dim`, keeping it.
 
-        The sum of n squares is off by gamma(n + 1) relatively, its root by half of that, then one rounding;
-        an incoming error e moves the norm by at most norm(e).
+        The sum of n squares is off by gamma(n) relatively, its root by half of that, then one rounding: less than
+        gamma(n + 1). Squares that underflow add n eta to the sum, see `sqrt`; those that overflow make the bound
+        infinite. An incoming error e moves the norm by at most norm(e).
         """
         dims = (dim,) if isinstance(dim, int) else dim
         n = math.prod(x.value.shape[d] for d in dims)
         value = torch.linalg.vector_norm(x.value, dim=dims, keepdim=True)
-        carried = self.store.gamma(n + 1) * value
-        if x.error is not None:
-            carried = carried + torch.linalg.vector_norm(x.error, dim=dims, keepdim=True)
-        return self._round(value, carried)
+        moved = 0.0 if x.error is None else torch.linalg.vector_norm(x.error, dim=dims, keepdim=True)
+        ceiling, lost, kept = value + moved, n * self.store.accumulator.eta, self.store.accumulator
+        carried = moved + self.store.gamma(n + 1) * ceiling
+        carried = carried + torch.where(value > math.sqrt(lost), lost / value, math.sqrt(lost))
+        return self._round(value, torch.where(ceiling <= math.sqrt(kept.largest) / 2, carried, math.inf))
 
     def apply(self, x: Bounded, function: Callable[[Tensor], Tensor], slope: Tensor | float, ulps: float = 4) -> Bounded:
         """Return `function(x)` elementwise, for a function whose derivative is at most `slope` in absolute value.
 
-        `ulps`: how many units roundoff the machine's implementation of the function may err relatively.
+        `slope` must hold wherever a correct computation of x may lie. `ulps`: how many units roundoff of the
+        accumulator the machine's implementation of the function may err relatively, the last rounding included.
         """
         value = function(x.value)
-        return self._round(value, x.bound * slope + (ulps - 1) * self.store.a * value.abs())
+        moved = x.bound * slope
+        return self._round(value, moved + (ulps - 1) * self.store.a * (value.abs() + moved))
+
+
+def _below(x: Tensor, limit: float) -> bool:
+    return x.numel() == 0 or float(x.max()) <= limit
 
 
 def _product_error(x: Bounded, y: Bounded, op: Callable[[Tensor, Tensor], Tensor]) -> Tensor | None:
@@ -263,23 +323,12 @@ def _times(x: Bounded, y: Bounded) -> float | None:
     return x.quantum * y.quantum
 
 
-def _power_of_two(factor: float) -> float:
-    significand, exponent = math.frexp(factor)
-    integer = int(significand * 2**53)
-    return math.ldexp(integer & -integer, exponent - 53) if integer else 2.0**64
-
-
-def _mantissa(factor: float) -> int:
-    integer = int(abs(math.frexp(factor)[0]) * 2**53)
-    return 53 - ((integer & -integer).bit_length() - 1) if integer else 0
-
-
 def judged(x: Bounded, oracle: Precision = EXACT_FP64, machine: Precision | None = None) -> Tensor:
     """Return the budget for comparing a machine's result with this fp64 value.
 
     The oracle itself computes in fp64, with the same operations, so it errs by at most the machine's bound
-    times the quotient of the two unit roundoffs: twice the bound for an fp64 machine, 1 + 2^-29 otherwise.
-    Where nothing rounds the budget is zero.
+    times the quotient of the two unit roundoffs (bounds grow at least linearly in them): twice the bound for an
+    fp64 machine, 1 + 2^-29 otherwise. Where nothing rounds the budget is zero.
     """
     if x.error is None:
         return torch.zeros_like(x.value)

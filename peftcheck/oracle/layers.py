@@ -66,15 +66,15 @@ def reversed_padding(spec: LayerSpec) -> list[int]:
 
 
 def with_bias(ar: Arithmetic, spec: LayerSpec, y: Bounded, bias: Bounded | None) -> Bounded:
-    """Return y plus the bias along the layer's output dimension, rounded once more.
+    """Return y plus the bias along the layer's output dimension.
 
-    Kernels that fuse the bias round once in all; the bound covers those that do not.
+    Some kernels add it to the finished sum, some start from it, some add it in between: the bound covers them all.
     """
     if bias is None:
         return y
     if spec.kind in CONVOLUTIONS:
         bias = bias.map(lambda b: b.reshape(-1, *(1,) * len(spec.kernel)))
-    return ar.add(y, bias)
+    return ar.join(y, bias)
 
 
 def layer_output(ar: Arithmetic, spec: LayerSpec, base: Base, x: Bounded) -> Bounded:

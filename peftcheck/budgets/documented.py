@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from peftcheck.oracle.form import Base, Formula, Machine, Site
+from peftcheck.rounding import Bounded
 
 IA3_EPSILON = 1e-8
 
@@ -15,16 +16,17 @@ IA3_EPSILON = 1e-8
 def ia3_epsilon(m: Machine, formula: Formula, sites: Sequence[Site], base: Base, cycles: int) -> dict[str, Tensor]:
     """Bound what dividing by s + 1e-8 instead of s adds to `cycles` round trips: about eps / abs(s + eps) abs(W) each.
 
-    W' = W s / (s + eps), so W' - W = -eps / (s + eps) W. Over several adapters and cycles the relative errors
-    compound: prod(1 + r_k) - 1. Even where s itself is a power of two the divisor is not: rounding it, and the
-    product and quotient with it, costs (1 + u)^3 - 1 < 4 u relatively for each adapter.
+    W' = W s / (s + eps), so W' - W = -eps / (s + eps) W. The divisor is rounded to the adapter's dtype, which costs
+    v / (1 - v) < 2 v relatively; what the quotient adds to the round trip's own errors is of their second order and
+    within the rest of the 2 v. Where the round trip's budget is zero, since s W is exact, the quotient by s + eps
+    still rounds: another 2 u. Over several adapters and cycles the relative errors compound: prod(1 + r_k) - 1.
     """
     bounds: dict[str, Tensor] = {}
-    ones = {name: type(value)(torch.ones_like(value.value)) for name, value in base.items()}
-    u = max(m.adapter.store.u, m.base.store.u)
+    ones = {name: Bounded(torch.ones_like(value.value)) for name, value in base.items()}
+    rounding = 2 * m.adapter.store.roundoff + (2 * m.base.store.roundoff if m.exact else 0.0)
     for site in (*sites,) * cycles:
         for name, gain in formula.merge(m, site, ones).items():
-            relative = IA3_EPSILON / (gain.value + IA3_EPSILON).abs() + 4 * u
+            relative = IA3_EPSILON / (gain.value + IA3_EPSILON).abs() + rounding
             bounds[name] = (1 + bounds.get(name, torch.zeros_like(relative))) * (1 + relative) - 1
     return {name: bound * base[name].value.abs() for name, bound in bounds.items()}
 

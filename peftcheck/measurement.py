@@ -97,14 +97,22 @@ def identical(role: str, found: Tensor, expected: Tensor, symptom: str = "change
         return broken(role, "shape", f"shape {tuple(found.shape)} where {tuple(expected.shape)} is due")
     if found.dtype != expected.dtype:
         return broken(role, "dtype", f"{found.dtype} where {expected.dtype} is due")
-    if torch.equal(found, expected):
+    if torch.equal(_bits(found), _bits(expected)):
         return replace(NOTHING, role=role)
-    different = (found != expected) & ~((found != found) & (expected != expected))
+    different = (_bits(found) != _bits(expected)) & ~((found != found) & (expected != expected))
     if not bool(different.any()):
         return replace(NOTHING, role=role)
     at = tuple(int(i) for i in different.nonzero()[0])
     note = f"{found[at].item():.17g} where {expected[at].item():.17g} stood" if found.is_floating_point() else ""
     return Measurement(math.inf, math.inf, role, symptom, element=at, note=note)
+
+
+_WORDS = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """Return the tensor as integers, which tell -0.0 from 0.0."""
+    return tensor.detach().view(_WORDS[tensor.element_size()]) if tensor.is_floating_point() else tensor
 
 
 def broken(role: str, symptom: str, note: str) -> Measurement:

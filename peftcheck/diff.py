@@ -11,7 +11,7 @@ from rich.text import Text
 from peftcheck.errors import UsageError
 from peftcheck.escape import code, line, markdown
 from peftcheck.record import NOT_RUN, CellRecord, DefectRecord, Record, severity
-from peftcheck.summary import count, number
+from peftcheck.summary import count, defects, number
 
 GROWTH = 2.0
 # `fixed` is not among them: it is the ledger that is out of date there, the library holds.
@@ -75,20 +75,13 @@ def diff(old: Record, new: Record) -> Diff:
     before, after = ({cell.id: cell for cell in record.cells} for record in (old, new))
     both = [(before[key], after[key]) for key in sorted(before.keys() & after.keys())]
     failed, listed = _failing(old, BROKEN), _failing(old, ("known",))
-    fails = _failing(new, BROKEN)
+    fails, knows = _failing(new, BROKEN), _failing(new, ("known",))
     appeared = {key: defect for key, defect in fails.items() if key not in failed}
-    entered = {
-        key: defect
-        for key, defect in _failing(new, ("known",)).items()
-        if key not in listed and key not in fails
-    }
-    spread = [
-        (a, b) for a, b in both if b.status in BROKEN and a.status not in BROKEN and _cause(b) not in appeared
-    ]
-    # What is told as a defect or as a broken cell is not told again as a ratio that grew.
-    told = {b.id for _, b in both if _cause(b) in appeared or _cause(b) in entered} | {
-        b.id for _, b in spread
-    }
+    entered = {key: defect for key, defect in knows.items() if key not in listed and key not in fails}
+    # What is told as a defect is not told again as a broken cell, nor that as a ratio that grew.
+    told = {cell for defect in (*appeared.values(), *entered.values()) for cell in defect.cells}
+    spread = [(a, b) for a, b in both if b.status in BROKEN and a.status not in BROKEN and b.id not in told]
+    told |= {b.id for _, b in spread}
     grown = [(a, b) for a, b in both if _grew(a, b) and b.id not in told]
     moved = {b.id for _, b in grown}
     return Diff(
@@ -104,7 +97,11 @@ def diff(old: Record, new: Record) -> Diff:
         ),
         listed=_ordered(entered),
         fixed=_ordered(
-            {key: defect for key, defect in (listed | failed).items() if _repaired(key, before, after)}
+            {
+                key: defect
+                for key, defect in (listed | failed).items()
+                if key not in fails and key not in knows and _holds(defect, after)
+            }
         ),
         halved=tuple(
             Change(b.id, number(a.headroom), number(b.headroom))
@@ -119,49 +116,16 @@ def _name(record: Record) -> str:
     return f"{record.implementation.name} {record.implementation.version}"
 
 
-def _cause(cell: CellRecord) -> str:
-    return cell.fingerprint or cell.id
-
-
 def _failing(record: Record, statuses: tuple[str, ...]) -> dict[str, DefectRecord]:
-    """Return the defects that these cells show; a cell without a fingerprint is one of its own."""
-    described = {defect.fingerprint: defect for defect in record.defects}
-    return {
-        _cause(cell): described.get(_cause(cell)) or _undescribed(cell)
-        for cell in record.cells
-        if cell.status in statuses
-    }
+    return {defect.fingerprint: defect for defect in defects(record) if defect.status in statuses}
 
 
-def _undescribed(cell: CellRecord) -> DefectRecord:
-    return DefectRecord(
-        fingerprint=cell.id,
-        status=cell.status,
-        law=cell.law,
-        headline=cell.message or f"{cell.id}: {cell.status}",
-        issue=cell.issue,
-        cells=(cell.id,),
-        variants=(cell.variant,),
-        layers=(cell.layer,),
-        dtypes=(cell.dtype,) if cell.dtype else (),
-        ratio=cell.ratio,
-        token=cell.worst.token if cell.worst else None,
-        words=cell.worst.words if cell.worst else None,
-        message=cell.message,
-        script=None,
-    )
-
-
-def _repaired(cause: str, before: dict[str, CellRecord], after: dict[str, CellRecord]) -> bool:
-    """A defect is repaired if its cells that are still run all hold, and one of them is run.
+def _holds(defect: DefectRecord, after: dict[str, CellRecord]) -> bool:
+    """Tell whether the cells of a defect that are still run all hold, and at least one of them is run.
 
     A cell that fails for another cause may hide this one, and a cell that is not run says nothing.
     """
-    cells = [
-        after[key]
-        for key, cell in before.items()
-        if _cause(cell) == cause and cell.status in (*BROKEN, "known") and key in after
-    ]
+    cells = [after[key] for key in defect.cells if key in after]
     judged = [cell for cell in cells if cell.status not in (*NOT_RUN, "vacuous")]
     return bool(judged) and all(cell.status in ("pass", "fixed") for cell in judged)
 
@@ -221,7 +185,7 @@ def _sections(diff: Diff) -> list[tuple[str, tuple[str, ...], list[tuple[str, ..
     growth = "Worse: ratio doubled or more" + (
         "" if diff.same_cases else " (other cases were drawn, so this alone decides nothing)"
     )
-    defects = (("New defects", diff.new), ("New, but in the ledger", diff.listed), ("Fixed", diff.fixed))
+    causes = (("New defects", diff.new), ("New, but in the ledger", diff.listed), ("Fixed", diff.fixed))
     changes = (
         ("Cells broken that held", diff.spread),
         ("Lost cells", diff.lost),
@@ -237,7 +201,7 @@ def _sections(diff: Diff) -> list[tuple[str, tuple[str, ...], list[tuple[str, ..
                 for defect in found
             ],
         )
-        for title, found in defects
+        for title, found in causes
     }
     told |= {
         title: (title, ("cell", "before", "now"), [(change.cell, change.old, change.new) for change in found])

@@ -18,7 +18,7 @@ from typing import Any
 import jinja2
 
 from peftcheck import escape, summary
-from peftcheck.record import STATUSES, CellRecord, Record
+from peftcheck.record import STATUSES, CellRecord, DefectRecord, Record
 from peftcheck.summary import Fold, Row, number
 
 SIGNS = {
@@ -115,7 +115,7 @@ def render(record: Record) -> str:
             # A column or two are too narrow for the name of their group: the law shows it then.
             small={name: size < 3 for name, size in groups},
             troubled=_troubled(rows, squares),
-            lines=_lines(rows, laws, squares, anchors),
+            lines=_lines(rows, laws, squares, _leads(found, anchors)),
             bars=_bars(record.cells),
             by_law=summary.by_law(record),
             by_sweep=summary.by_sweep(record),
@@ -191,20 +191,24 @@ def _spans(groups: Iterable[tuple[str, int]]) -> list[tuple[str, int, int]]:
 
 
 def _troubled(rows: Iterable[Row], squares: dict[tuple[Row, str], Fold]) -> set[Row]:
-    quiet = ("pass", "unsupported", "absent")
-    return {row for (row, _), fold in squares.items() if fold.status not in quiet}
+    return {row for (row, _), fold in squares.items() if fold.status not in summary.QUIET}
+
+
+def _leads(found: list[DefectRecord], anchors: dict[str, str]) -> dict[str, str]:
+    """Return the anchor of the gravest defect of each cell."""
+    return {cell: anchors[defect.fingerprint] for defect in reversed(found) for cell in defect.cells}
 
 
 def _lines(
-    rows: Iterable[Row], laws: list[str], squares: dict[tuple[Row, str], Fold], anchors: dict[str, str]
+    rows: Iterable[Row], laws: list[str], squares: dict[tuple[Row, str], Fold], leads: dict[str, str]
 ) -> list[tuple[Row, list[Square | None]]]:
     return [
-        (row, [_square(squares[row, law], anchors) if (row, law) in squares else None for law in laws])
+        (row, [_square(squares[row, law], leads) if (row, law) in squares else None for law in laws])
         for row in rows
     ]
 
 
-def _square(fold: Fold, anchors: dict[str, str]) -> Square:
+def _square(fold: Fold, leads: dict[str, str]) -> Square:
     cell = fold.worst
     words = fold.status
     if cell.ratio is not None:
@@ -217,7 +221,7 @@ def _square(fold: Fold, anchors: dict[str, str]) -> Square:
         words += f". Worst case: {case if len(case) <= 160 else case[:159] + '…'}"
     if fold.status == "pass":
         return Square(_shade(cell.ratio), _figure(cell.ratio), words, None)
-    return Square(LETTERS[fold.status], SIGNS[fold.status], words, anchors.get(cell.fingerprint or ""))
+    return Square(LETTERS[fold.status], SIGNS[fold.status], words, leads.get(cell.id))
 
 
 def _shade(ratio: float | None) -> str:

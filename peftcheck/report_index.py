@@ -58,7 +58,8 @@ def write(folder: str | Path) -> Path:
 
 def _row(path: Path, record: Record) -> str:
     totals = record.totals
-    defects = sum(defect.status != "known" for defect in record.defects)
+    statuses = [defect.status for defect in summary.defects(record)]
+    known = statuses.count("known")
     links = ", ".join(
         f"[{suffix[1:]}]({quote(path.with_suffix(suffix).name)})"
         for suffix in FORMATS
@@ -67,8 +68,8 @@ def _row(path: Path, record: Record) -> str:
     name = markdown(f"{record.implementation.name} {record.implementation.version}")
     cells = (
         f"{totals['run']:,} of {totals['cells']:,}",
-        f"{defects:,}",
-        f"{len(record.defects) - defects:,}",
+        f"{len(statuses) - known:,}",
+        f"{known:,}",
         f"{totals['unsupported']:,}",
         f"{totals['absent']:,}",
     )

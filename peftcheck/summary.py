@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from peftcheck.record import FAILING, NOT_RUN, STATUSES, CellRecord, DefectRecord, Record, severity
+from peftcheck.record import NOT_RUN, STATUSES, CellRecord, DefectRecord, Record, severity
 
 LAYERS = (
     "linear",
@@ -23,6 +23,7 @@ LAYERS = (
     "layernorm",
     "parameter",
 )
+QUIET = ("pass", *NOT_RUN)
 GROUPS = ("forward", "merge", "safe_merge", "combine", "quantize", "state", "train", "refuse")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
@@ -131,9 +132,23 @@ def heat_map(record: Record) -> tuple[list[Row], list[str], dict[tuple[Row, str]
 
 
 def defects(record: Record) -> list[DefectRecord]:
-    """Order the distinct defects: the gravest status, then the most cells, then the largest ratio."""
+    """Order the distinct defects: the gravest status, then the most cells, then the largest ratio.
+
+    Cells that fail, or are known to, and that no defect names are told as one defect for each law, variant and status:
+    a worker that died over a cell leaves no fingerprint, and must not go unsaid.
+    """
+    named = {key for defect in record.defects for key in defect.cells}
+    groups: dict[str, list[CellRecord]] = {}
+    for cell in record.cells:
+        if cell.status not in QUIET and cell.id not in named:
+            groups.setdefault(cell.fingerprint or f"{cell.law}|{cell.variant}|{cell.status}", []).append(cell)
+    described = {defect.fingerprint for defect in record.defects}
+    found = [
+        *record.defects,
+        *(_undescribed(key, cells) for key, cells in groups.items() if key not in described),
+    ]
     return sorted(
-        record.defects,
+        found,
         key=lambda defect: (
             STATUSES.index(defect.status),
             -len(defect.cells),
@@ -143,28 +158,57 @@ def defects(record: Record) -> list[DefectRecord]:
     )
 
 
+def _undescribed(key: str, cells: Sequence[CellRecord]) -> DefectRecord:
+    worst = fold(cells).worst
+    first = (worst.message or worst.status).strip().partition("\n")[0]
+    return DefectRecord(
+        fingerprint=key,
+        status=worst.status,
+        law=worst.law,
+        headline=f"{worst.law} on {worst.variant}: {first}",
+        issue=worst.issue,
+        cells=tuple(cell.id for cell in cells),
+        variants=(worst.variant,),
+        layers=tuple(sorted({cell.layer for cell in cells})),
+        dtypes=tuple(sorted({cell.dtype for cell in cells if cell.dtype})),
+        ratio=worst.ratio,
+        token=worst.worst.token if worst.worst else None,
+        words=worst.worst.words if worst.worst else None,
+        message=worst.message,
+        script=None,
+    )
+
+
 def verdict(record: Record) -> Verdict:
-    """Judge a record by its cells, never by its list of defects: a cell without a defect still counts."""
+    """Judge a record by its cells: one that no defect names still counts."""
     name = f"{record.implementation.name} {record.implementation.version}"
     whole = fold(record.cells) if record.cells else None
     run = whole.run if whole else 0
-    failing = [cell for cell in record.cells if cell.status in FAILING]
-    causes = {cell.fingerprint or cell.id for cell in failing}
+    causes = [defect.status for defect in defects(record)]
+    broken = [cell for cell in record.cells if cell.status in ("violation", "error")]
+    stale = sum(cell.status == "fixed" for cell in record.cells)
     known = sum(cell.status == "known" for cell in record.cells)
-    listed = {cell.fingerprint or cell.id for cell in record.cells if cell.status == "known"}
-    apart = f"{count(len(listed), 'known issue')} in {count(known, 'cell')}" if known else ""
+    apart = f"{count(causes.count('known'), 'known issue')} in {count(known, 'cell')}" if known else ""
     doubts = _doubts(record, run)
     tail = f" Besides, {apart}." if apart else ""
-    if failing:
-        laws = {cell.law for cell in failing}
+    tail += f" And {doubts}." if doubts else ""
+    listed = f"{count(stale, 'cell')} {'holds' if stale == 1 else 'hold'} that the ledger lists as broken"
+    if broken:
+        distinct = causes.count("violation") + causes.count("error")
         sentence = (
-            f"{name} breaks {count(len(laws), 'law')}: {count(len(causes), 'distinct defect')} in "
-            f"{len(failing):,} of {count(run, 'cell')} run.{tail}"
+            f"{name} breaks {count(len({cell.law for cell in broken}), 'law')}: "
+            f"{count(distinct, 'distinct defect')} in {len(broken):,} of {count(run, 'cell')} run."
         )
-        return Verdict("violates", "Violates", sentence + (f" And {doubts}." if doubts else ""), 1)
+        return Verdict("violates", "Violates", sentence + (f" {listed}." if stale else "") + tail, 1)
+    if stale:
+        return Verdict("violates", "Ledger out of date", f"{name}: {listed}; remove the entries.{tail}", 1)
     if doubts:
         return Verdict(
-            "unvouched", "Cannot vouch", f"Nothing can be concluded about {name}: {doubts}.{tail}", 3
+            "unvouched",
+            "Cannot vouch",
+            f"The harness cannot vouch for its verdict on {name}: {doubts}."
+            + (f" Besides, {apart}." if apart else ""),
+            3,
         )
     if known:
         return Verdict(

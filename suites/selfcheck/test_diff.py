@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from rich.console import Console
-from sample_record import cell, record, sample
+from sample_record import cell, defect, record, sample
 
 from peftcheck.diff import diff, render_markdown, render_text, sentence
 from peftcheck.errors import UsageError
@@ -47,7 +47,14 @@ def test_a_new_defect_is_told_once_not_once_a_cell():
 def test_a_failing_cell_without_a_defect_is_new_too(status):
     bare = replace(BREAKS, status=status, fingerprint=None)
     found = diff(record([HOLDS]), record([bare]))
-    assert [d.fingerprint for d in found.new] == [bare.id] and not found.clean
+    (told,) = found.new
+    assert told.cells == (bare.id,) and told.headline.endswith(bare.message) and not found.clean
+
+
+def test_a_second_defect_in_a_cell_that_already_fails_is_new():
+    other = defect([replace(BREAKS, fingerprint="merge.oracle/lora/crash")])
+    found = diff(record([BREAKS]), record([BREAKS], [defect([BREAKS]), other]))
+    assert [d.fingerprint for d in found.new] == ["merge.oracle/lora/crash"] and not found.clean
 
 
 def test_a_known_issue_that_leaves_the_ledger_is_new_and_one_that_enters_is_listed():

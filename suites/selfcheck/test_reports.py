@@ -83,7 +83,12 @@ def test_the_verdict_is_that_of_the_cells():
             "1 distinct defect in 1 of 2",
         ),
         ([holds, cell("a.c", "v", "l", status="error", ratio=None)], "violates", 1, "breaks 1 law"),
-        ([holds, cell("a.c", "v", "l", status="fixed", ratio=0.1)], "violates", 1, "breaks 1 law"),
+        (
+            [holds, cell("a.c", "v", "l", status="fixed", ratio=0.1)],
+            "violates",
+            1,
+            "1 cell holds that the ledger",
+        ),
         (
             [holds, cell("a.c", "v", "l", status="vacuous", ratio=0.1)],
             "unvouched",
@@ -127,6 +132,27 @@ def test_folding_shows_the_gravest():
     assert (len(rows), laws) == (1, ["a.b"])
     assert fold.worst.dtype == "float16" and fold.status == "violation" and fold.count("violation") == 2
     assert fold.holding.ratio == 0.9
+
+
+def test_cells_that_no_defect_names_are_told_as_defects():
+    died = [
+        cell(
+            "a.b",
+            "v",
+            layer,
+            status="error",
+            ratio=None,
+            fingerprint=None,
+            message="the interpreter died\nover it",
+        )
+        for layer in ("linear", "conv2d")
+    ]
+    bare = record([cell("a.b", "v", "mha"), *died], [])
+    (found,) = summary.defects(bare)
+    assert found.headline == "a.b on v: the interpreter died" and len(found.cells) == 2
+    assert "1 distinct defect in 2 of 3" in summary.verdict(bare).sentence
+    for suffix in (".html", ".md"):
+        assert "the interpreter died" in report.render(bare, suffix)
 
 
 def test_html_leads_with_the_verdict_then_defects_then_cells():
@@ -228,7 +254,14 @@ def test_markdown_tables_keep_their_columns():
 
 def test_markdown_leads_like_the_html_and_fits_a_comment():
     text = report_markdown.render(sample())
-    order = ["Violates", "| cells | run |", "### Distinct defects", "peftcheck replay", "### Known issues", "### Laws"]
+    order = [
+        "Violates",
+        "| cells | run |",
+        "### Distinct defects",
+        "peftcheck replay",
+        "### Known issues",
+        "### Laws",
+    ]
     places = [text.index(words) for words in order]
     assert places == sorted(places) and len(text) < 65_536
     many = [
@@ -312,6 +345,8 @@ def test_an_empty_record_has_reports_too(suffix):
         ('https://example.org/"x', False),
         ("https://example.org/>x", False),
         ("file:///etc/passwd", False),
+        ("ftp://example.org/x", False),
+        ("javascript://example.org/%0aalert", False),
         ("", False),
         (None, False),
     ],

@@ -84,7 +84,7 @@ class Scene:
         return [self._one(law) for law in laws]
 
     def _raise_curtain(self) -> None:
-        torch.manual_seed(self.case.values)
+        torch.default_generator.manual_seed(self.case.values)
         try:
             self.stage = set_up(self.implementation, self.case)
         except Exception as error:
@@ -92,7 +92,7 @@ class Scene:
             self.failure = error
             return
         try:
-            self.memento = Memento([*self.stage.attached.roots(), self.stage.attached])
+            self.memento = Memento(self.stage.attached.roots())
         except Unrestorable:
             self.memento = None
         self.stage.put_back = self._put_back
@@ -100,7 +100,7 @@ class Scene:
     def _put_back(self) -> None:
         """Restore the start; where no memento could be taken, attach anew."""
         stage = self.stage
-        torch.manual_seed(self.case.values)
+        torch.default_generator.manual_seed(self.case.values)
         if self.memento is not None:
             self.memento.restore()
             return
@@ -143,7 +143,7 @@ def applies(law: Law, stage: Stage) -> bool:
     """Return whether the library claims what the law needs, and merging stays clear of overflow."""
     if not all(stage.claims(op) is Claim.YES for op in law.needs):
         return False
-    return stage.finite or not {Op.MERGE, Op.EXPORT} & set(law.needs)
+    return not {Op.MERGE, Op.EXPORT} & set(law.needs) or stage.finite
 
 
 def judge(law: Law, stage: Stage, measurement: Measurement) -> Outcome:

@@ -7,12 +7,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 
-from peftcheck.implementation import Op
+from peftcheck.implementation import Op, Variant
 from peftcheck.measurement import Measurement
 from peftcheck.stage import Stage
 
 GROUP = "peftcheck.laws"
 Measure = Callable[[Stage], Measurement | None]
+
+
+def _everyone(variant: Variant) -> bool:
+    return True
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Law:
     `measure` returns the worst measurement, or None where the case says nothing about the law (an embedding has
     no bias to poison). `formula` states the law in one line; `needs` are the operations without which the
     library has nothing to check; `source` is the real defect or the paper behind it. `structural` laws need no
-    effect to mean something.
+    effect to mean something. `concerns` tells for which variants the law says anything at all.
     """
 
     name: str
@@ -31,6 +35,7 @@ class Law:
     measure: Measure
     source: str
     structural: bool = False
+    concerns: Callable[[Variant], bool] = _everyone
 
     @property
     def group(self) -> str:
@@ -41,13 +46,20 @@ class Law:
 _LAWS: dict[str, Law] = {}
 
 
-def law(name: str, formula: str, needs: tuple[Op, ...] = (), source: str = "", structural: bool = False):
+def law(
+    name: str,
+    formula: str,
+    needs: tuple[Op, ...] = (),
+    source: str = "",
+    structural: bool = False,
+    concerns: Callable[[Variant], bool] = _everyone,
+) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns)
         return measure
 
     return register

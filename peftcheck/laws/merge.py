@@ -7,9 +7,10 @@ from torch import Tensor
 
 from peftcheck.architecture import architecture, difference
 from peftcheck.case import LayerSpec
-from peftcheck.implementation import Inverts, Op
+from peftcheck.implementation import Inverts, Op, Variant
 from peftcheck.law import law
 from peftcheck.measurement import Measurement, broken, compare, identical, worst
+from peftcheck.oracle import FORMULAS
 from peftcheck.oracle.layers import layer_output
 from peftcheck.rounding import judged
 from peftcheck.stage import Stage
@@ -69,11 +70,10 @@ def oracle(stage: Stage) -> Measurement | None:
     "abs(reported delta - (merged - base)) <= bound of either",
     (Op.MERGE, Op.DELTA),
     "a reported delta feeds extraction and combination: it must be the one that merging applies",
+    concerns=lambda variant: FORMULAS[variant.formula].delta is not None,
 )
 def delta(stage: Stage) -> Measurement | None:
     """Compare the delta that the library reports for the first adapter with what its merge changes."""
-    if stage.formula.delta is None:
-        return None
     adapter = stage.names[0]
     reported = {name: stage.attached.delta(name, adapter) for name in stage.targeted if 0 in stage.adapters_on(name)}
     stage.attached.merge((adapter,), safe=stage.case.safe)
@@ -87,6 +87,10 @@ def delta(stage: Stage) -> Measurement | None:
         own = 2.0**-53 * actual.abs() if form.error is not None else 0.0
         found.append(compare(f"{name}:delta", change, actual, form.bound + merged.bound + own))
     return worst(found) if found else None
+
+
+def _inverts(variant: Variant) -> bool:
+    return variant.inverts is not Inverts.NEVER
 
 
 def _restored(stage: Stage, cycles: int) -> Measurement | None:
@@ -109,6 +113,7 @@ def _restored(stage: Stage, cycles: int) -> Measurement | None:
     "abs(unmerge(merge(W)) - W) <= bound of the family",
     (Op.MERGE, Op.UNMERGE),
     "(IA)^3 convolution unmerge multiplied the bias by the scale instead of dividing (PEFT 0.6.0 to 0.19.1)",
+    concerns=_inverts,
 )
 def roundtrip(stage: Stage) -> Measurement | None:
     """Merge, unmerge, and compare every tensor with its pristine copy."""
@@ -122,6 +127,7 @@ def roundtrip(stage: Stage) -> Measurement | None:
     "abs((unmerge merge)^k(W) - W) <= k times the round-trip bound",
     (Op.MERGE, Op.UNMERGE),
     "weight synchronisation to an inference server merges and unmerges at every step",
+    concerns=_inverts,
 )
 def drift(stage: Stage) -> Measurement | None:
     """Merge and unmerge several times."""

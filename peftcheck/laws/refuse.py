@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from peftcheck import refusal
+from peftcheck import models, refusal
 from peftcheck.architecture import architecture, difference
-from peftcheck.implementation import Claim, Op
+from peftcheck.case import Case
+from peftcheck.implementation import Claim, Implementation, Op
 from peftcheck.law import law
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.stage import Stage
@@ -31,6 +32,41 @@ def _judge(stage: Stage, operation: str, call) -> Measurement:
     if stage.attached.merged() != merged:
         found.append(broken(":module", f"marked by {operation}", f"bookkeeping changed by a refused {operation}"))
     return worst(found)
+
+
+def attach_refused(implementation: Implementation, case: Case) -> Measurement:
+    """Attach to a layer that the library does not support: refused clearly, the model left as it was."""
+    model = models.build(case)
+    before = architecture(model)
+    start = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
+    place = f"{case.sweep.layer}:attach"
+    try:
+        implementation.attach(model, case)
+    except Exception as error:
+        if not refusal.is_library(error, implementation):
+            raise
+        if not refusal.is_refusal(error, implementation):
+            crash = refusal.where(error, implementation)
+            return broken(place, f"crash: {crash}", f"{case.sweep.layer} is not supported, yet attaching crashes: {error}")
+        shape = difference(architecture(model), before)
+        if not shape.holds:
+            return broken(place, "changed by a refused attach", shape.note)
+        state = dict(model.named_parameters(remove_duplicate=False))
+        return worst([identical(f"{key}:base", state[key], tensor) for key, tensor in start.items()])
+    return broken(place, "accepted", f"{case.sweep.layer} is declared unsupported, yet it attached")
+
+
+@law(
+    "refuse.attach",
+    "attaching to an unsupported layer is refused clearly, and leaves the model as it was",
+    (),
+    "of PEFT's 585 refused attaches 25 are crashes and 9 leave the model changed",
+    structural=True,
+    concerns=lambda variant: False,  # runs on the layers that a variant does not accept, which have no stage
+)
+def attach(stage: Stage) -> Measurement | None:
+    """Say nothing of supported layers."""
+    return None
 
 
 @law(

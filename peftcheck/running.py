@@ -1,0 +1,201 @@
+"""What the commands do: run, replay, the ledger's commands, the kill matrix."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+
+from peftcheck import implementation as port
+from peftcheck import record as records
+from peftcheck import terminal
+from peftcheck.errors import UsageError
+from peftcheck.plugin import COLLECTOR
+
+_FILTERS = ("law", "variant", "layer", "dtype", "quantizer", "kind")
+
+
+class _Keep:
+    """A pytest plugin that keeps the run's collector for the caller."""
+
+    def __init__(self) -> None:
+        self.collector: Any = None
+
+    def pytest_configure(self, config: pytest.Config) -> None:
+        self.collector = config.stash.get(COLLECTOR, None)
+
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        self.collector = session.config.stash[COLLECTOR]
+
+
+def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
+    """Run the conformance suite through pytest, write record and reports, return the exit code."""
+    from peftcheck.session import Session, Settings
+    from peftcheck.suite import Filters
+
+    seed = options["seed"]
+    if seed is None:
+        seed = secrets.randbelow(2**31) if options["profile"] == "nightly" else 0
+        if options["profile"] == "nightly":
+            click.echo(f"seed {seed}")
+    filters = Filters(*(tuple(options[name]) for name in _FILTERS))
+    ledger = "none" if options["no_ledger"] else options["ledger"]
+    if ledger not in (None, "none") and not Path(ledger).exists():
+        raise UsageError(f"no ledger at {ledger}")
+    # everything that can be wrong with the request is found here, before a worker starts or a file is written
+    version = Session(
+        Settings(target, options["profile"], seed, None if ledger == "none" else ledger or "", filters)
+    ).implementation
+    paths = _outputs(options, version.name, version.version)
+    journal = tempfile.mkdtemp(prefix="peftcheck-")
+    folder = Path(__file__).parent
+    arguments = [
+        str(folder / "conformance.py"),
+        f"--rootdir={folder}",
+        "-c",
+        str(folder / "conformance.ini"),
+        "-q",
+        "--no-header",
+        "--tb=no",
+        "-rN",
+        "-p",
+        "no:cacheprovider",
+        "-n",
+        options["workers"] if options["workers"] != "0" else "1",
+        f"--peftcheck-implementation={target}",
+        f"--peftcheck-profile={options['profile']}",
+        f"--peftcheck-seed={seed}",
+        f"--peftcheck-journal={journal}",
+        *([f"--peftcheck-ledger={ledger}"] if ledger else []),
+        *([f"--peftcheck-shard={options['shard']}"] if options["shard"] else []),
+        *(f"--peftcheck-{name}={pattern}" for name in _FILTERS for pattern in options[name]),
+        *pytest_args,
+    ]
+    keep = _Keep()
+    try:
+        code = pytest.main(arguments, plugins=[keep])
+    finally:
+        shutil.rmtree(journal, ignore_errors=True)
+    collector = keep.collector
+    finished = collector.record if collector else None
+    if code == pytest.ExitCode.USAGE_ERROR:
+        return 2
+    if code == pytest.ExitCode.INTERRUPTED or finished is None:
+        return 3
+    from peftcheck import report
+
+    for path in paths:
+        report.write(finished, path)
+        click.echo(f"wrote {os.path.relpath(path)}")
+    return terminal.exit_code(finished, collector.vouched)
+
+
+def _outputs(options: dict[str, Any], name: str, version: str) -> list[Path]:
+    """Return where record and reports go: what was asked for, else record and HTML under reports/."""
+    asked = [Path(options[key]) for key in ("record", "html", "markdown", "junit") if options[key]]
+    folder = Path("reports")
+    stem = f"{name}-{version}".replace("/", "_")
+    if not options["record"]:
+        asked.append(folder / f"{stem}.json")
+    if not options["html"]:
+        asked.append(folder / f"{stem}.html")
+    for path in asked:
+        if path.suffix not in (".json", ".html", ".md", ".xml"):
+            raise UsageError(f"cannot write {path}: the name must end in .json, .html, .md or .xml")
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return asked
+
+
+def replay(token: str, target: str | None, script: str | None, issue: bool) -> int:
+    """Run the case of a token; print FIXED, VIOLATION or ERROR; return 0 only where the law holds."""
+    from peftcheck import engine, repro
+    from peftcheck.case import decode
+    from peftcheck.law import laws
+    from peftcheck.outcome import PASS, SKIP
+
+    case, name = decode(token)
+    implementation = port.load(target or case.sweep.implementation)
+    found = {law.name: law for law in laws()}
+    if name not in found:
+        raise UsageError(f"unknown law '{name}' in the token: was it made by a newer peftcheck?")
+    if case.sweep.variant not in implementation.variants():
+        raise UsageError(f"{implementation.name} has no variant '{case.sweep.variant}'")
+    (outcome,) = engine.check(implementation, case, [found[name]])
+    word = {PASS: "FIXED", SKIP: "NOT APPLICABLE"}.get(outcome.status, outcome.status.upper())
+    click.echo(f"{word}: {name} on {implementation.name} {implementation.version}")
+    click.echo(f"law: {found[name].formula}")
+    click.echo(f"case: {case.words()}")
+    if outcome.message:
+        click.echo(outcome.message)
+    elif outcome.measurement:
+        click.echo(f"ratio {outcome.measurement.ratio:.3g}")
+    if script:
+        records.write_text(Path(script), repro.script(implementation, case, found[name]))
+        click.echo(f"wrote {script}")
+    if issue:
+        click.echo(repro.issue(implementation, case, found[name], outcome))
+    return 0 if outcome.status == PASS else 1
+
+
+def ledger_check(target: str, path: Path | None) -> int:
+    """Run every witness and print the verdicts; return 1 if an entry does not stand."""
+    from peftcheck import ledger
+    from peftcheck.law import laws
+
+    implementation = port.load(target)
+    source = path or implementation.ledger
+    if source is None or not source.exists():
+        raise UsageError(f"no ledger at {source}")
+    court = ledger.Court(ledger.load(source), implementation, laws())
+    wrong = 0
+    for entry in court.entries():
+        verdict = court.verdict(entry.id)
+        click.echo(f"{verdict:8} {entry.id} ({entry.kind}): {entry.reason}")
+        wrong += verdict not in ("known", "inactive")
+    return 1 if wrong else 0
+
+
+def ledger_add(token: str | None, path: Path | None) -> None:
+    """Print entries to paste; raises UsageError unless given a token or a record."""
+    from peftcheck import engine, ledger
+    from peftcheck.case import decode
+    from peftcheck.law import laws
+
+    if (token is None) == (path is None):
+        raise UsageError("give a token, or a record with --from")
+    tokens = [token] if token else [d.token for d in records.read(path).defects if d.status != "known" and d.token]
+    found = {law.name: law for law in laws()}
+    for one in tokens:
+        case, name = decode(one)
+        implementation = port.load(case.sweep.implementation)
+        (outcome,) = engine.check(implementation, case, [found[name]])
+        if not outcome.failed:
+            raise UsageError(f"{name} holds on this case: there is nothing to list")
+        click.echo(ledger.entry_text(case, name, outcome, implementation.version))
+
+
+def kill_matrix(target: str, path: Path | None) -> int:
+    """Plant every fault, print which law kills it; return 3 if a fault survives or a law kills nothing."""
+    from dataclasses import replace
+
+    from peftcheck import faults
+    from peftcheck.law import laws
+
+    implementation = port.load(target)
+    results = faults.kill_matrix(implementation)
+    for fault in results:
+        click.echo(f"{'killed  ' if fault.killed else 'SURVIVES'} {fault.name}: {', '.join(fault.laws_killing) or '-'}")
+    idle = {law.name for law in laws()} - {name for fault in results for name in fault.laws_killing}
+    for name in sorted(idle):
+        click.echo(f"KILLS NOTHING {name}")
+    killed = sum(fault.killed for fault in results)
+    click.echo(f"{killed} of {len(results)} faults killed by {len(laws()) - len(idle)} of {len(laws())} laws")
+    if path:
+        records.write(replace(records.read(path), faults=results), path)
+    return 0 if killed == len(results) and not idle else 3

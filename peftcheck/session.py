@@ -1,0 +1,163 @@
+"""One worker's session: sweeps are walked once, and each cell's result is judged against the ledger."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from peftcheck import implementation as port
+from peftcheck import law as registry
+from peftcheck import ledger, suite
+from peftcheck.calibration import calibrate
+from peftcheck.case import Sweep
+from peftcheck.errors import HarnessError, UsageError
+from peftcheck.suite import Cell, CellResult, Filters
+from peftcheck.watchdog import Watchdog
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a run was asked for. `ledger`: a path, '' for the implementation's own, None for no ledger."""
+
+    target: str
+    profile: str = "quick"
+    seed: int = 0
+    ledger: str | None = ""
+    filters: Filters = Filters()
+    shard: tuple[int, int] = (1, 1)
+    journal: str | None = None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A judged cell: the fields of its record, and every failure with the ledger entry that absorbs it, if any."""
+
+    cell: Cell
+    status: str
+    result: CellResult
+    issues: tuple[str | None, ...] = ()
+    message: str | None = None
+    harness: bool = False
+
+    def as_plain(self) -> dict[str, Any]:
+        """Return the verdict as JSON data, to travel from a worker to its controller."""
+        result = self.result
+        leading = next((i for i, issue in enumerate(self.issues) if issue is None), 0 if self.issues else None)
+        failures = [
+            {
+                "fingerprint": f.fingerprint,
+                "status": f.status,
+                "token": f.token,
+                "words": f.words,
+                "message": f.message,
+                "ratio": None if f.ratio is None else str(f.ratio),
+                "issue": issue,
+            }
+            for f, issue in zip(result.failures, self.issues, strict=True)
+        ]
+        lead = failures[leading] if leading is not None else None
+        return {
+            "id": self.cell.id,
+            "law": self.cell.law,
+            **{k: v for k, v in asdict(self.cell.sweep).items() if k != "implementation"},
+            "kind": self.cell.kind,
+            "status": self.status,
+            "cases": result.cases,
+            "ratio": None if result.ratio is None else str(result.ratio),
+            "effect": None if result.effect is None else str(result.effect),
+            "seconds": result.seconds,
+            "token": lead["token"] if lead else result.token,
+            "words": lead["words"] if lead else result.words,
+            "fingerprint": lead["fingerprint"] if lead else None,
+            "issue": lead["issue"] if lead else None,
+            "message": self.message or (lead["message"] if lead else result.message),
+            "harness": self.harness,
+            "failures": failures,
+        }
+
+
+class Session:
+    """The implementation, the laws, the ledger, and the sweeps walked so far."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        if settings.profile not in suite.PROFILES:
+            raise UsageError(f"unknown profile '{settings.profile}': choose from {', '.join(suite.PROFILES)}")
+        self.implementation = port.load(settings.target)
+        self.laws = {law.name: law for law in registry.laws()}
+        filters = suite.validated(settings.filters, self.implementation, tuple(self.laws.values()))
+        self.cells = _shard(suite.cells(self.implementation, tuple(self.laws.values()), filters), settings.shard)
+        if not self.cells:
+            raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")
+        self.court = ledger.Court(self._ledger(), self.implementation, tuple(self.laws.values()))
+        self._journal = Path(settings.journal or tempfile.mkdtemp(prefix="peftcheck-"))
+        self._results: dict[str, CellResult] = {}
+        self._crashed: set[Sweep] = set()
+        self.calibration: dict[str, Any] = {}
+
+    def _ledger(self) -> ledger.Ledger:
+        if self.settings.ledger is None:
+            return ledger.EMPTY
+        path = Path(self.settings.ledger) if self.settings.ledger else self.implementation.ledger
+        if path is None or (not self.settings.ledger and not path.exists()):
+            return ledger.EMPTY
+        return ledger.load(path)
+
+    def verdict(self, cell: Cell, selected: Sequence[Cell]) -> Verdict:
+        """Return the verdict on a cell; the first cell of a sweep walks it for all that are selected."""
+        if cell.id not in self._results:
+            own = [other for other in selected if other.sweep == cell.sweep]
+            try:
+                self._walk(own)
+            except HarnessError as error:
+                for other in own:
+                    self._results[other.id] = CellResult(other, "harness", message=str(error))
+        return self._judge(cell, self._results[cell.id])
+
+    def recovered(self, cell: Cell, selected: Sequence[Cell]) -> list[Verdict]:
+        """Return the verdicts of the whole sweep, where an earlier worker died over it and cannot report its own."""
+        if cell.sweep not in self._crashed:
+            return []
+        siblings = [other for other in selected if other.sweep == cell.sweep and other.id in self._results]
+        return [self._judge(other, self._results[other.id]) for other in siblings]
+
+    def _walk(self, cells: Sequence[Cell]) -> None:
+        if not self.calibration:
+            self.calibration = calibrate()
+        watchdog = Watchdog(self._journal, cells[0].sweep)
+        if watchdog.crashed:
+            self._crashed.add(cells[0].sweep)
+        laws = {cell.law: self.laws[cell.law] for cell in cells}
+        profile = suite.PROFILES[self.settings.profile]
+        walk = suite.Walk(
+            self.implementation, cells[0].sweep, laws, profile, self.settings.seed, watchdog.watch, watchdog.crashed
+        )
+        for result in walk.run().values():
+            self._results[result.cell.id] = result
+        watchdog.close()
+
+    def _judge(self, cell: Cell, result: CellResult) -> Verdict:
+        if result.state == "harness":
+            return Verdict(cell, "error", result, message=f"the harness is at fault: {result.message}", harness=True)
+        if result.state != "ran":
+            return Verdict(cell, result.state, result)
+        issues = tuple(self.court.absorbs(f.outcome, f.case) for f in result.failures)
+        if any(issue is None for issue in issues):
+            first = result.failures[issues.index(None)]
+            return Verdict(cell, first.status, result, issues)
+        fixed = self.court.fixed_in(cell.law, cell.sweep)
+        if fixed:
+            text = f"listed as {', '.join(fixed)}, yet the witness holds: remove the entry from the ledger"
+            return Verdict(cell, "fixed", result, issues, text)
+        return Verdict(cell, "known" if issues else "pass", result, issues)
+
+
+def _shard(cells: list[Cell], shard: tuple[int, int]) -> list[Cell]:
+    """Return the cells of shard i of n (from 1), whole sweeps at a time."""
+    index, count = shard
+    sweeps = list(dict.fromkeys(cell.sweep for cell in cells))
+    mine = {sweep for position, sweep in enumerate(sweeps) if position % count == index - 1}
+    return [cell for cell in cells if cell.sweep in mine]

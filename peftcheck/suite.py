@@ -1,0 +1,334 @@
+"""Which cells there are, and the walk of a sweep over its cases."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+from peftcheck import engine, generator
+from peftcheck.case import LAYERS, Case, Sweep, encode
+from peftcheck.errors import HarnessError, UsageError
+from peftcheck.implementation import Claim, Implementation, Variant
+from peftcheck.law import Law
+from peftcheck.measurement import Measurement
+from peftcheck.oracle import FORMULAS
+from peftcheck.outcome import ERROR, SKIP, VIOLATION, Outcome
+from peftcheck.rounding import DTYPES
+
+_PROBES = 40  # cases drawn, not built, to learn what the library claims on a sweep
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How far a run searches: cases per cell in the exact regime and outside, and tries to find them."""
+
+    name: str
+    exact: int
+    native: int
+    tries: int
+
+
+PROFILES = {
+    "quick": Profile("quick", 1, 1, 24),
+    "full": Profile("full", 6, 14, 120),
+    "nightly": Profile("nightly", 20, 60, 480),
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A law on a sweep, with the combination kind where the law has one."""
+
+    law: str
+    sweep: Sweep
+    kind: str | None = None
+
+    @property
+    def id(self) -> str:
+        """The test id: law, variant, layer, dtype, then quantizer and kind where they apply."""
+        return "-".join(part for part in (self.law, str(self.sweep), self.kind) if part)
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A law that did not hold on a case."""
+
+    fingerprint: str
+    status: str
+    token: str
+    words: str
+    message: str
+    ratio: float | None
+    case: Case = field(compare=False)
+    outcome: Outcome = field(compare=False)
+
+
+@dataclass(frozen=True)
+class CellResult:
+    """What came of a cell. `state`: 'ran', 'vacuous', 'unsupported', 'absent' or 'harness'; then `failures` decide."""
+
+    cell: Cell
+    state: str
+    cases: int = 0
+    ratio: float | None = None
+    effect: float | None = None
+    seconds: float = 0.0
+    token: str | None = None
+    words: str | None = None
+    failures: tuple[Failure, ...] = ()
+    message: str | None = None
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Globs that select cells; an empty tuple selects everything."""
+
+    law: tuple[str, ...] = ()
+    variant: tuple[str, ...] = ()
+    layer: tuple[str, ...] = ()
+    dtype: tuple[str, ...] = ()
+    quantizer: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+
+    def admits(self, cell: Cell) -> bool:
+        """Return whether the cell passes every filter."""
+        values = (cell.law, cell.sweep.variant, cell.sweep.layer, cell.sweep.dtype, cell.sweep.quantizer, cell.kind)
+        patterns = (self.law, self.variant, self.layer, self.dtype, self.quantizer, self.kind)
+        return all(_matches(value, wanted) for value, wanted in zip(values, patterns, strict=True))
+
+
+def _matches(value: str | None, patterns: tuple[str, ...]) -> bool:
+    return not patterns or any(fnmatchcase(value or "none", pattern) for pattern in patterns)
+
+
+def validated(filters: Filters, implementation: Implementation, laws: Sequence[Law]) -> Filters:
+    """Return the filters; raises UsageError for a pattern that matches nothing there is."""
+    known = {
+        "law": [law.name for law in laws],
+        "variant": list(implementation.variants()),
+        "layer": list(LAYERS),
+        "dtype": list(DTYPES),
+    }
+    for name, choices in known.items():
+        for pattern in getattr(filters, name):
+            if not any(fnmatchcase(choice, pattern) for choice in choices):
+                raise UsageError(f"unknown {name} '{pattern}': choose from {', '.join(choices)}")
+    return filters
+
+
+def cells(implementation: Implementation, laws: Sequence[Law], filters: Filters) -> list[Cell]:
+    """Return the cells of an implementation that the filters admit, sweep by sweep.
+
+    A layer kind that a variant does not accept has one cell: `refuse.attach`, in float32.
+    """
+    found = []
+    for name, variant in implementation.variants().items():
+        for layer in LAYERS:
+            if layer not in variant.layers:
+                found.append(Cell("refuse.attach", Sweep(implementation.name, name, layer, "float32")))
+                continue
+            for dtype in DTYPES:
+                if dtype in variant.dtypes:
+                    sweep = Sweep(implementation.name, name, layer, dtype)
+                    found += [cell for law in laws for cell in _of_law(law, variant, sweep)]
+    chosen = {law.name for law in laws}
+    return [cell for cell in found if cell.law in chosen and filters.admits(cell)]
+
+
+def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
+    if law.name == "refuse.attach":
+        return ()
+    return (Cell(law.name, sweep),)
+
+
+Draw = Callable[[Variant, Sweep, int, int, bool], Case]
+
+
+class Walk:
+    """One walk of a sweep over its cases, all its laws together.
+
+    Each law takes the first cases that say something about it, so that its verdict does not depend on which
+    other laws are selected.
+    """
+
+    def __init__(
+        self,
+        implementation: Implementation,
+        sweep: Sweep,
+        laws: Mapping[str, Law],
+        profile: Profile,
+        seed: int,
+        watch: engine.Watch = engine.unwatched,
+        crashed: frozenset[tuple[str, str]] = frozenset(),
+    ) -> None:
+        self.implementation = implementation
+        self.sweep = sweep
+        self.laws = laws
+        self.profile = profile
+        self.seed = seed
+        self.watch = watch
+        self.crashed = crashed
+        self.variant = implementation.variants()[sweep.variant]
+
+    def run(self) -> dict[str, CellResult]:
+        """Return the result of every law, by name."""
+        if self.sweep.layer not in self.variant.layers:
+            return {name: self._refusal(name) for name in self.laws}
+        results: dict[str, CellResult] = {}
+        open_laws: dict[str, _Tally] = {}
+        claims = self._claims()
+        for name, law in self.laws.items():
+            cell = Cell(name, self.sweep)
+            idle = self._idle(law, claims)
+            if idle is None:
+                open_laws[name] = _Tally(law, cell)
+            else:
+                results[name] = CellResult(cell, *idle)
+        self._visit(open_laws)
+        return results | {name: tally.result() for name, tally in open_laws.items()}
+
+    def _claims(self) -> list[Case]:
+        return [generator.draw(self.variant, self.sweep, self.seed, index, index % 2 == 0) for index in range(_PROBES)]
+
+    def _idle(self, law: Law, cases: Sequence[Case]) -> tuple | None:
+        """Return state and message of a law that nothing on this sweep can be asked, else None."""
+        if law.name.startswith("refuse."):
+            if not any(_claims_of(self.variant, case, law) for case in cases):
+                return ("absent", 0, None, None, 0.0, None, None, (), "nothing is declared unsupported here")
+            return None
+        if not law.concerns(self.variant):
+            return ("absent", 0, None, None, 0.0, None, None, (), "the law says nothing about this method")
+        found = {_weakest(self.variant, case, law) for case in cases}
+        if Claim.YES in found:
+            return None
+        if Claim.REFUSES in found:
+            return ("unsupported", 0, None, None, 0.0, None, None, (), "declared; refuse.merge checks that it refuses")
+        return ("absent", 0, None, None, 0.0, None, None, (), "the library has no such operation")
+
+    def _visit(self, tallies: Mapping[str, _Tally]) -> None:
+        dyadic = FORMULAS[self.variant.formula].dyadic
+        first: tuple[Case, Law, Outcome] | None = None
+        for index in range(self.profile.tries):
+            exact = dyadic and index % 2 == 0
+            wanted = [tally for tally in tallies.values() if tally.wants(exact, self.profile, dyadic)]
+            if not wanted:
+                if all(not t.wants(e, self.profile, dyadic) for t in tallies.values() for e in (True, False)):
+                    break
+                continue
+            case = generator.draw(self.variant, self.sweep, self.seed, index, exact)
+            started = time.perf_counter()
+            for tally, outcome in zip(wanted, self._check(case, [t.law for t in wanted]), strict=True):
+                tally.add(case, exact, outcome, (time.perf_counter() - started) / len(wanted))
+                if first is None and outcome.measurement is not None:
+                    first = (case, tally.law, outcome)
+        if first is not None:
+            self._canary(*first)
+
+    def _check(self, case: Case, laws: Sequence[Law]) -> list[Outcome]:
+        token = encode(case, "")
+        dead = {law for where, law in self.crashed if where == token}
+        lost = [law for law in laws if "attach" in dead or law.name in dead]
+        alive = [law for law in laws if law not in lost]
+        found = {o.law: o for o in engine.check(self.implementation, case, alive, self.watch)} if alive else {}
+        for law in lost:
+            message = "the interpreter died or hung here; the case was not run again"
+            found[law.name] = Outcome(law.name, ERROR, None, 0.0, False, f"crash|{self.sweep.variant}|interpreter", message)
+        return [found[law.name] for law in laws]
+
+    def _canary(self, case: Case, law: Law, before: Outcome) -> None:
+        """Run the first law again at the end of the sweep: anything but the same bits means that state leaked."""
+        (after,) = engine.check(self.implementation, case, [law], self.watch)
+        if repr(after.measurement) != repr(before.measurement):
+            raise HarnessError(f"canary: {law.name} on {self.sweep} measured {before.measurement}, then {after.measurement}")
+
+    def _refusal(self, name: str) -> CellResult:
+        from peftcheck.laws.refuse import attach_refused
+
+        cell = Cell(name, self.sweep)
+        case = generator.draw(self.variant, self.sweep, self.seed, 0, False)
+        token = encode(case, name)
+        if any(where == encode(case, "") for where, _ in self.crashed):
+            failure = Failure(f"crash|{self.sweep.variant}|interpreter", ERROR, token, case.words(), "the interpreter died", None, case, Outcome(name, ERROR))
+            return CellResult(cell, "ran", 1, failures=(failure,))
+        started = time.perf_counter()
+        with engine.pinned(), self.watch(case, "attach"):
+            measurement = attach_refused(self.implementation, case)
+        seconds = time.perf_counter() - started
+        if measurement.holds:
+            return CellResult(cell, "unsupported", 1, 0.0, None, seconds, token, case.words())
+        from peftcheck.outcome import fingerprint
+
+        text = engine.words(measurement)
+        outcome = Outcome(name, VIOLATION, measurement, 0.0, True, fingerprint(name, self.sweep.variant, measurement), text)
+        failure = Failure(outcome.fingerprint, VIOLATION, token, case.words(), text, measurement.ratio, case, outcome)
+        return CellResult(cell, "ran", 1, measurement.ratio, None, seconds, token, case.words(), (failure,))
+
+
+def _weakest(variant: Variant, case: Case, law: Law) -> Claim:
+    found = {variant.claim(op, case.layers[t], a) for op in law.needs for a in case.adapters for t in a.targets}
+    return next((claim for claim in (Claim.ABSENT, Claim.REFUSES) if claim in found), Claim.YES)
+
+
+def _claims_of(variant: Variant, case: Case, law: Law) -> bool:
+    """Return whether the case has anything for a refuse law: one layer, on which the merge is refused."""
+    from peftcheck.implementation import Op
+
+    claims = {variant.claim(Op.MERGE, case.layers[t], a) for a in case.adapters for t in a.targets}
+    return len({t for a in case.adapters for t in a.targets}) == 1 and Claim.REFUSES in claims
+
+
+class _Tally:
+    """What a law has met so far on a sweep."""
+
+    def __init__(self, law: Law, cell: Cell) -> None:
+        self.law, self.cell = law, cell
+        self.exact = self.native = 0
+        self.seconds, self.effect, self.moving = 0.0, 0.0, False
+        self.worst: tuple[float, Case, Measurement] | None = None
+        self.failures: dict[str, Failure] = {}
+
+    def wants(self, exact: bool, profile: Profile, dyadic: bool) -> bool:
+        if exact:
+            return dyadic and self.exact < profile.exact
+        return self.native < profile.native or (not self.moving and not self.law.structural and self.exact == 0)
+
+    def add(self, case: Case, exact: bool, outcome: Outcome, seconds: float) -> None:
+        self.seconds += seconds
+        if outcome.status == SKIP:
+            return
+        self.exact, self.native = self.exact + exact, self.native + (not exact)
+        self.effect = max(self.effect, outcome.effect)
+        self.moving |= outcome.effect > 0 or outcome.status == ERROR
+        m = outcome.measurement
+        if m is not None and (self.worst is None or _beyond(m.ratio, self.worst[0])):
+            self.worst = (m.ratio, case, m)
+        if outcome.failed and outcome.fingerprint not in self.failures:
+            token = encode(case, self.law.name)
+            self.failures[outcome.fingerprint] = Failure(
+                outcome.fingerprint, outcome.status, token, case.words(), outcome.message, m.ratio if m else None, case, outcome
+            )
+
+    def result(self) -> CellResult:
+        count = self.exact + self.native
+        if count == 0:
+            return CellResult(self.cell, "vacuous", message="no case of this sweep says anything about the law")
+        if not self.moving and not self.law.structural:
+            return CellResult(self.cell, "vacuous", count, message="no case has an effect on the weights")
+        ratio, case = (self.worst[0], self.worst[1]) if self.worst else (None, None)
+        return CellResult(
+            self.cell,
+            "ran",
+            count,
+            ratio,
+            self.effect,
+            self.seconds,
+            encode(case, self.law.name) if case else None,
+            case.words() if case else None,
+            tuple(self.failures.values()),
+        )
+
+
+def _beyond(ratio: float, than: float) -> bool:
+    return ratio != ratio or ratio > than

@@ -1,0 +1,93 @@
+"""A hang or a crash of the interpreter costs one case: the journal and the watchdog.
+
+The journal of a sweep is a small file that names the case and the law that are running. Whoever walks the same
+sweep again (a fresh worker after a crash) finds there what killed its predecessor and passes over it. A hang in
+Python is interrupted by an alarm; a hang below Python ends the process, and the journal tells the rest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import hashlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+from peftcheck.case import Case, Sweep, encode
+
+CASE_SECONDS = 60
+_GRACE = 15
+
+
+class Hung(Exception):
+    """The library did not come back within the watchdog's time."""
+
+
+class Watchdog:
+    """The watch over one sweep, with its journal in `folder`."""
+
+    def __init__(self, folder: Path, sweep: Sweep, seconds: float = CASE_SECONDS) -> None:
+        name = hashlib.sha256(str(sweep).encode()).hexdigest()[:24]
+        self._running = folder / f"{name}.running"
+        self._dead = folder / f"{name}.dead"
+        self._seconds = seconds
+        self._alarms = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
+        self._case: Case | None = None
+        self._token = ""
+        self.crashed = self._bury()
+        self._file = os.open(self._running, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
+
+    def _bury(self) -> frozenset[tuple[str, str]]:
+        """Return the (case, law) pairs that killed earlier walks of this sweep."""
+        if self._running.exists():
+            last = self._running.read_text(encoding="utf-8")
+            if last:
+                with self._dead.open("a", encoding="utf-8") as file:
+                    file.write(last + "\n")
+        if not self._dead.exists():
+            return frozenset()
+        lines = self._dead.read_text(encoding="utf-8").splitlines()
+        return frozenset((token, law) for token, _, law in (line.partition(" ") for line in lines))
+
+    @contextlib.contextmanager
+    def watch(self, case: Case, law: str) -> Iterator[None]:
+        """Note what runs, and end it if it takes too long."""
+        if case is not self._case:
+            self._case, self._token = case, encode(case, "")
+        os.ftruncate(self._file, 0)
+        os.pwrite(self._file, f"{self._token} {law}".encode(), 0)
+        if self._alarms:
+            previous = signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, self._seconds)
+        if law == "attach":
+            faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True, file=_silent())
+        try:
+            yield
+        finally:
+            if self._alarms:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, previous)
+            os.ftruncate(self._file, 0)
+
+    def close(self) -> None:
+        """End the watch: the sweep came through."""
+        faulthandler.cancel_dump_traceback_later()
+        os.close(self._file)
+        self._running.unlink(missing_ok=True)
+
+
+def interrupt(signum: int, frame: object) -> None:
+    """Raise Hung in the main thread: a handler for SIGALRM."""
+    raise Hung(f"no answer within {CASE_SECONDS} s")
+
+
+_SINK: list[object] = []
+
+
+def _silent():
+    if not _SINK:
+        _SINK.append(open(os.devnull, "w"))  # noqa: SIM115  faulthandler keeps the descriptor
+    return _SINK[0]

@@ -283,7 +283,9 @@ class Arithmetic:
         carried = carried + torch.where(value > math.sqrt(lost), lost / value, math.sqrt(lost))
         return self._round(value, torch.where(ceiling <= math.sqrt(kept.largest) / 2, carried, math.inf))
 
-    def apply(self, x: Bounded, function: Callable[[Tensor], Tensor], slope: Tensor | float, ulps: float = 4) -> Bounded:
+    def apply(
+        self, x: Bounded, function: Callable[[Tensor], Tensor], slope: Tensor | float, ulps: float = 4
+    ) -> Bounded:
         """Return `function(x)` elementwise, for a function whose derivative is at most `slope` in absolute value.
 
         `slope` must hold wherever a correct computation of x may lie. `ulps`: how many units roundoff of the

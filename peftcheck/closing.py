@@ -6,14 +6,13 @@ import platform
 import signal
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-from peftcheck import engine, ledger, record, repro, shrink
-from peftcheck.case import decode
-from peftcheck.errors import HarnessError, UsageError
+from peftcheck import engine, record, repro, shrink
+from peftcheck.case import decode, encode
 from peftcheck.implementation import Implementation
-from peftcheck.law import laws as all_laws
 from peftcheck.record import CellRecord, DefectRecord, LedgerRecord, Record, Worst
 from peftcheck.session import Session
 from peftcheck.watchdog import CASE_SECONDS, interrupt
@@ -44,7 +43,7 @@ def assemble(session: Session, results: dict[str, dict], expected: Sequence[str]
         schema=record.SCHEMA,
         peftcheck=metadata.version("peftcheck"),
         implementation=record.Implementation(session.implementation.name, session.implementation.version),
-        environment=environment(),
+        environment=environment() | ({"shard": "{}/{}".format(*settings.shard)} if settings.shard != (1, 1) else {}),
         calibration=calibration,
         profile=settings.profile,
         seed=settings.seed,
@@ -134,7 +133,7 @@ def _defect(name: str, members: list[tuple[dict, dict]]) -> DefectRecord:
         cells=tuple(dict.fromkeys(c["id"] for c, _ in shown)),
         variants=tuple(dict.fromkeys(c["variant"] for c, _ in shown)),
         layers=tuple(dict.fromkeys(c["layer"] for c, _ in shown)),
-        dtypes=tuple(dict.fromkeys(c["dtype"] for c, _ in shown)),
+        dtypes=tuple(dict.fromkeys(c["dtype"] for c, _ in shown if c["dtype"])),
         ratio=max(known, key=record.severity) if known else None,
         token=failure["token"],
         words=failure["words"],
@@ -160,17 +159,11 @@ def shrunk(session: Session, defect: DefectRecord, budget: int) -> tuple[DefectR
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    from dataclasses import replace
-
-    from peftcheck.case import encode
-
     return replace(defect, token=encode(small.case, name), words=small.case.words(), steps=small.steps, script=script), small.checks
 
 
 def with_shrunk(session: Session, run: Record) -> Record:
     """Return the record with every new defect shrunk, as far as the checks for it reach."""
-    from dataclasses import replace
-
     left, done = SHRINK_CHECKS, []
     for defect in run.defects:
         if defect.status != "known" and left > 0:
@@ -184,11 +177,17 @@ def _ledger(session: Session, plain: Sequence[dict[str, Any]]) -> tuple[LedgerRe
     found = []
     for entry in session.court.entries():
         cells = tuple(c["id"] for c in plain if any(f["issue"] == entry.id for f in c["failures"]))
-        law = entry.law if isinstance(entry.law, str) else ", ".join(entry.law)
         verdict = session.court.verdict(entry.id) if cells else "not run"
-        witness = tuple(entry.witness)
-        found.append(LedgerRecord(entry.id, entry.kind, law, verdict, entry.reason, entry.url, entry.versions, witness, cells))
+        found.append(LedgerRecord(
+                entry.id,
+                entry.kind,
+                ", ".join(entry.law),
+                verdict,
+                entry.reason,
+                entry.url,
+                str(entry.versions),
+                tuple(witness.token for witness in entry.witnesses),
+                cells,
+            )
+        )
     return tuple(found)
-
-
-

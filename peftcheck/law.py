@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 
-from peftcheck.implementation import Op, Variant
+from peftcheck.implementation import Op, Promise, Variant
 from peftcheck.measurement import Measurement
 from peftcheck.stage import Stage
 
@@ -27,6 +27,7 @@ class Law:
     no bias to poison). `formula` states the law in one line; `needs` are the operations without which the
     library has nothing to check; `source` is the real defect or the paper behind it. `structural` laws need no
     effect to mean something. `concerns` tells for which variants the law says anything at all.
+    `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
     """
 
     name: str
@@ -36,6 +37,11 @@ class Law:
     source: str
     structural: bool = False
     concerns: Callable[[Variant], bool] = _everyone
+    kinds: bool | Callable[[str, Promise], bool] = False
+
+    def of_kind(self, kind: str, promise: Promise) -> bool:
+        """Return whether the law says anything of a combination kind."""
+        return self.kinds(kind, promise) if callable(self.kinds) else self.kinds
 
     @property
     def group(self) -> str:
@@ -53,13 +59,14 @@ def law(
     source: str = "",
     structural: bool = False,
     concerns: Callable[[Variant], bool] = _everyone,
+    kinds: bool | Callable[[str, Promise], bool] = False,
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds)
         return measure
 
     return register

@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     for name in _FILTERS:
         group.addoption(f"--peftcheck-{name}", action="append", default=None, help=f"only cells whose {name} matches")
     group.addoption("--peftcheck-shard", default=None, help="i/n: only every n-th sweep")
+    group.addoption("--peftcheck-watchdog", type=float, default=60.0, help="seconds before a case counts as hung")
     group.addoption("--peftcheck-journal", default=None, help="folder for the crash journal, shared by the workers")
 
 
@@ -125,6 +126,7 @@ def _session(config: pytest.Config, target: str, path: str | None) -> Session:
                 Filters(*(tuple(config.getoption(f"--peftcheck-{name}") or ()) for name in _FILTERS)),
                 _shard(config.getoption("--peftcheck-shard")),
                 config.getoption("--peftcheck-journal"),
+                config.getoption("--peftcheck-watchdog"),
             )
             collector.sessions[key] = Session(settings)
         except UsageError as error:

@@ -15,7 +15,7 @@ from peftcheck.calibration import calibrate
 from peftcheck.case import Sweep
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.suite import Cell, CellResult, Filters
-from peftcheck.watchdog import Watchdog
+from peftcheck.watchdog import CASE_SECONDS, Watchdog
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,18 @@ class Settings:
     filters: Filters = Filters()
     shard: tuple[int, int] = (1, 1)
     journal: str | None = None
+    watchdog: float = CASE_SECONDS
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """A judged cell: the fields of its record, and every failure with the ledger entry that absorbs it, if any."""
+    """A judged cell: its status, every failure with the issue that absorbs it, and the issues that had a say."""
 
     cell: Cell
     status: str
     result: CellResult
     issues: tuple[str | None, ...] = ()
+    listed: tuple[str, ...] = ()
     message: str | None = None
     harness: bool = False
 
@@ -72,7 +74,7 @@ class Verdict:
             "token": lead["token"] if lead else result.token,
             "words": lead["words"] if lead else result.words,
             "fingerprint": lead["fingerprint"] if lead else None,
-            "issue": lead["issue"] if lead else None,
+            "issue": lead["issue"] if lead else next(iter(self.listed), None),
             "message": self.message or (lead["message"] if lead else result.message),
             "harness": self.harness,
             "failures": failures,
@@ -92,7 +94,7 @@ class Session:
         self.cells = _shard(suite.cells(self.implementation, tuple(self.laws.values()), filters), settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")
-        self.court = ledger.Court(self._ledger(), self.implementation, tuple(self.laws.values()))
+        self.court = ledger.Court(self._ledger(), self.implementation, self.laws.values())
         self._journal = Path(settings.journal or tempfile.mkdtemp(prefix="peftcheck-"))
         self._results: dict[str, CellResult] = {}
         self._crashed: set[Sweep] = set()
@@ -109,7 +111,7 @@ class Session:
     def verdict(self, cell: Cell, selected: Sequence[Cell]) -> Verdict:
         """Return the verdict on a cell; the first cell of a sweep walks it for all that are selected."""
         if cell.id not in self._results:
-            own = [other for other in selected if other.sweep == cell.sweep]
+            own = [other for other in selected if (other.sweep, other.kind) == (cell.sweep, cell.kind)]
             try:
                 self._walk(own)
             except HarnessError as error:
@@ -127,13 +129,20 @@ class Session:
     def _walk(self, cells: Sequence[Cell]) -> None:
         if not self.calibration:
             self.calibration = calibrate()
-        watchdog = Watchdog(self._journal, cells[0].sweep)
+        watchdog = Watchdog(self._journal, f"{cells[0].sweep}-{cells[0].kind}", self.settings.watchdog)
         if watchdog.crashed:
             self._crashed.add(cells[0].sweep)
         laws = {cell.law: self.laws[cell.law] for cell in cells}
         profile = suite.PROFILES[self.settings.profile]
         walk = suite.Walk(
-            self.implementation, cells[0].sweep, laws, profile, self.settings.seed, watchdog.watch, watchdog.crashed
+            self.implementation,
+            cells[0].sweep,
+            laws,
+            profile,
+            self.settings.seed,
+            watchdog.watch,
+            watchdog.crashed,
+            cells[0].kind,
         )
         for result in walk.run().values():
             self._results[result.cell.id] = result
@@ -145,14 +154,8 @@ class Session:
         if result.state != "ran":
             return Verdict(cell, result.state, result)
         issues = tuple(self.court.absorbs(f.outcome, f.case) for f in result.failures)
-        if any(issue is None for issue in issues):
-            first = result.failures[issues.index(None)]
-            return Verdict(cell, first.status, result, issues)
-        fixed = self.court.fixed_in(cell.law, cell.sweep)
-        if fixed:
-            text = f"listed as {', '.join(fixed)}, yet the witness holds: remove the entry from the ledger"
-            return Verdict(cell, "fixed", result, issues, text)
-        return Verdict(cell, "known" if issues else "pass", result, issues)
+        ruling = self.court.rule(cell.law, cell.sweep, [(f.outcome, f.case) for f in result.failures])
+        return Verdict(cell, ruling.status, result, issues, ruling.issues, ruling.message or None)
 
 
 def _shard(cells: list[Cell], shard: tuple[int, int]) -> list[Cell]:

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from peftcheck import engine, generator
 from peftcheck.case import LAYERS, Case, Sweep, encode
 from peftcheck.errors import HarnessError, UsageError
-from peftcheck.implementation import Claim, Implementation, Variant
+from peftcheck.generator_combine import combination_case
+from peftcheck.implementation import Claim, Implementation, Op, Variant
 from peftcheck.law import Law
 from peftcheck.measurement import Measurement
 from peftcheck.oracle import FORMULAS
-from peftcheck.outcome import ERROR, SKIP, VIOLATION, Outcome
+from peftcheck.laws.refuse import attach_refused
+from peftcheck.outcome import ERROR, SKIP, VIOLATION, Outcome, fingerprint
 from peftcheck.rounding import DTYPES
 
 _PROBES = 40  # cases drawn, not built, to learn what the library claims on a sweep
@@ -140,10 +142,9 @@ def cells(implementation: Implementation, laws: Sequence[Law], filters: Filters)
 def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
     if law.name == "refuse.attach":
         return ()
+    if law.kinds:
+        return [Cell(law.name, sweep, kind) for kind, promise in variant.combinations.items() if law.of_kind(kind, promise)]
     return (Cell(law.name, sweep),)
-
-
-Draw = Callable[[Variant, Sweep, int, int, bool], Case]
 
 
 class Walk:
@@ -162,6 +163,7 @@ class Walk:
         seed: int,
         watch: engine.Watch = engine.unwatched,
         crashed: frozenset[tuple[str, str]] = frozenset(),
+        kind: str | None = None,
     ) -> None:
         self.implementation = implementation
         self.sweep = sweep
@@ -170,6 +172,7 @@ class Walk:
         self.seed = seed
         self.watch = watch
         self.crashed = crashed
+        self.kind = kind
         self.variant = implementation.variants()[sweep.variant]
 
     def run(self) -> dict[str, CellResult]:
@@ -180,7 +183,7 @@ class Walk:
         open_laws: dict[str, _Tally] = {}
         claims = self._claims()
         for name, law in self.laws.items():
-            cell = Cell(name, self.sweep)
+            cell = Cell(name, self.sweep, self.kind)
             idle = self._idle(law, claims)
             if idle is None:
                 open_laws[name] = _Tally(law, cell)
@@ -189,8 +192,13 @@ class Walk:
         self._visit(open_laws)
         return results | {name: tally.result() for name, tally in open_laws.items()}
 
+    def _draw(self, index: int, exact: bool) -> Case:
+        if self.kind is None:
+            return generator.draw(self.variant, self.sweep, self.seed, index, exact)
+        return combination_case(self.variant, self.sweep, self.kind, self.seed, index, exact)
+
     def _claims(self) -> list[Case]:
-        return [generator.draw(self.variant, self.sweep, self.seed, index, index % 2 == 0) for index in range(_PROBES)]
+        return [self._draw(index, index % 2 == 0) for index in range(_PROBES)]
 
     def _idle(self, law: Law, cases: Sequence[Case]) -> tuple | None:
         """Return state and message of a law that nothing on this sweep can be asked, else None."""
@@ -217,7 +225,7 @@ class Walk:
                 if all(not t.wants(e, self.profile, dyadic) for t in tallies.values() for e in (True, False)):
                     break
                 continue
-            case = generator.draw(self.variant, self.sweep, self.seed, index, exact)
+            case = self._draw(index, exact)
             started = time.perf_counter()
             for tally, outcome in zip(wanted, self._check(case, [t.law for t in wanted]), strict=True):
                 tally.add(case, exact, outcome, (time.perf_counter() - started) / len(wanted))
@@ -244,8 +252,6 @@ class Walk:
             raise HarnessError(f"canary: {law.name} on {self.sweep} measured {before.measurement}, then {after.measurement}")
 
     def _refusal(self, name: str) -> CellResult:
-        from peftcheck.laws.refuse import attach_refused
-
         cell = Cell(name, self.sweep)
         case = generator.draw(self.variant, self.sweep, self.seed, 0, False)
         token = encode(case, name)
@@ -258,8 +264,6 @@ class Walk:
         seconds = time.perf_counter() - started
         if measurement.holds:
             return CellResult(cell, "unsupported", 1, 0.0, None, seconds, token, case.words())
-        from peftcheck.outcome import fingerprint
-
         text = engine.words(measurement)
         outcome = Outcome(name, VIOLATION, measurement, 0.0, True, fingerprint(name, self.sweep.variant, measurement), text)
         failure = Failure(outcome.fingerprint, VIOLATION, token, case.words(), text, measurement.ratio, case, outcome)
@@ -273,8 +277,6 @@ def _weakest(variant: Variant, case: Case, law: Law) -> Claim:
 
 def _claims_of(variant: Variant, case: Case, law: Law) -> bool:
     """Return whether the case has anything for a refuse law: one layer, on which the merge is refused."""
-    from peftcheck.implementation import Op
-
     claims = {variant.claim(Op.MERGE, case.layers[t], a) for a in case.adapters for t in a.targets}
     return len({t for a in case.adapters for t in a.targets}) == 1 and Claim.REFUSES in claims
 

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
-from peftcheck.case import Case, Sweep, encode
+from peftcheck.case import Case, encode
 
 CASE_SECONDS = 60
 _GRACE = 15
@@ -29,8 +29,8 @@ class Hung(Exception):
 class Watchdog:
     """The watch over one sweep, with its journal in `folder`."""
 
-    def __init__(self, folder: Path, sweep: Sweep, seconds: float = CASE_SECONDS) -> None:
-        name = hashlib.sha256(str(sweep).encode()).hexdigest()[:24]
+    def __init__(self, folder: Path, sweep: str, seconds: float = CASE_SECONDS) -> None:
+        name = hashlib.sha256(sweep.encode()).hexdigest()[:24]
         self._running = folder / f"{name}.running"
         self._dead = folder / f"{name}.dead"
         self._seconds = seconds
@@ -89,5 +89,5 @@ _SINK: list[object] = []
 
 def _silent():
     if not _SINK:
-        _SINK.append(open(os.devnull, "w"))  # noqa: SIM115  faulthandler keeps the descriptor
+        _SINK.append(Path(os.devnull).open("w"))  # faulthandler keeps the descriptor
     return _SINK[0]

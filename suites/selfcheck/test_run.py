@@ -1,0 +1,134 @@
+"""`peftcheck run` end to end: exit codes, crashes and hangs, parallel equals serial, errors for people."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peftcheck import record as records
+
+HERE = Path(__file__).parent
+REFERENCE = "peftcheck.implementations.reference:Reference"
+
+
+def peftcheck(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(HERE)}
+    environment.pop("PYTEST_ADDOPTS", None)
+    for name in [name for name in environment if name.startswith("PYTEST_XDIST")]:
+        del environment[name]
+    command = [sys.executable, "-m", "peftcheck.cli", *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def run(folder: Path, target: str, *arguments: str) -> tuple[int, records.Record, str]:
+    path = folder / "record.json"
+    found = peftcheck(folder, "run", target, "--record", str(path), "--html", str(folder / "report.html"), *arguments)
+    assert path.exists(), found.stdout + found.stderr
+    return found.returncode, records.read(path), found.stdout
+
+
+def test_clean_run_is_green_and_writes_record_and_report_under_reports(tmp_path):
+    found = peftcheck(tmp_path, "run", REFERENCE, "--variant", "ia3*", "--layer", "linear", "-n", "1")
+    assert found.returncode == 0, found.stdout + found.stderr
+    written = sorted(path.suffix for path in (tmp_path / "reports").iterdir())
+    assert written == [".html", ".json"]
+    assert "0 vacuous" in found.stdout
+
+
+def test_serial_and_parallel_records_are_equal(tmp_path):
+    filters = ("--variant", "lora", "--variant", "ia3", "--layer", "linear", "--layer", "conv2d")
+    both = []
+    for workers in ("1", "2"):
+        folder = tmp_path / workers
+        folder.mkdir()
+        both.append(run(folder, REFERENCE, *filters, "-n", workers)[1])
+    assert records.comparable(both[0]) == records.comparable(both[1])
+    assert both[0].totals["run"] > 100
+
+
+@pytest.mark.parametrize("target, symptom", [("Crashing", "interpreter"), ("Hanging", "Hung")])
+def test_crash_or_hang_costs_its_own_case_only(tmp_path, target, symptom):
+    filters = ("--variant", "lora", "--layer", "linear", "-n", "1")
+    code, found, _ = run(tmp_path, f"hostile:{target}", *filters, "--", "--peftcheck-watchdog=2")
+    assert code == 1
+    red = {cell.id: cell for cell in found.cells if cell.status == "error"}
+    assert red and all(cell.dtype == "float32" for cell in red.values())
+    assert all(symptom in (cell.fingerprint or "") + (cell.message or "") for cell in red.values())
+    assert "merge.roundtrip-lora-linear-float32" in red
+    others = {cell.law: cell.status for cell in found.cells if cell.dtype == "float32" and cell.id not in red}
+    assert others["merge.oracle"] == "pass" and others["forward.oracle"] == "pass"
+
+
+def test_library_that_raises_at_attach_is_an_error_of_the_library(tmp_path):
+    code, found, text = run(tmp_path, "hostile:Refusing", "--variant", "lora", "--layer", "linear", "-n", "1")
+    assert code == 1
+    assert {cell.status for cell in found.cells if cell.dtype == "float32"} <= {"error", "absent"}
+    assert {cell.status for cell in found.cells if cell.dtype == "float64"} <= {"pass", "absent"}
+    assert "broken at attach" in text
+
+
+def test_state_that_leaks_between_laws_is_a_fault_of_the_harness_run(tmp_path):
+    code, found, _ = run(
+        tmp_path, "hostile:Leaking", "--variant", "lora", "--layer", "linear", "--law", "forward.oracle", "-n", "1"
+    )
+    red = next(cell for cell in found.cells if cell.dtype == "float32")
+    assert red.status == "error" and "canary" in red.message
+    assert code == 3
+
+
+def test_filter_does_not_change_a_verdict(tmp_path):
+    everything, one = tmp_path / "everything", tmp_path / "one"
+    everything.mkdir(), one.mkdir()
+    _, full, _ = run(everything, REFERENCE, "--variant", "lora", "--layer", "conv1d", "-n", "1")
+    _, part, _ = run(one, REFERENCE, "--variant", "lora", "--layer", "conv1d", "--law", "merge.drift", "-n", "1")
+    ratios = {cell.id: (cell.ratio, cell.cases) for cell in full.cells}
+    assert {cell.id: (cell.ratio, cell.cases) for cell in part.cells}.items() <= ratios.items()
+
+
+@pytest.mark.parametrize(
+    "arguments, word",
+    [
+        (("run", REFERENCE, "--variant", "nonsense"), "unknown variant"),
+        (("run", REFERENCE, "--law", "merge.nothing"), "unknown law"),
+        (("run", REFERENCE, "--layer", "conv9d"), "unknown layer"),
+        (("run", REFERENCE, "--dtype", "int3"), "unknown dtype"),
+        (("run", REFERENCE, "--profile", "eager"), "unknown profile"),
+        (("run", REFERENCE, "--shard", "3/2"), "shard"),
+        (("run", "nosuchlibrary"), "unknown implementation"),
+        (("run", "nosuchmodule:Thing"), "nosuchmodule"),
+        (("run", REFERENCE, "--ledger", "nowhere.toml"), "no ledger"),
+        (("run", REFERENCE, "--record", "record.txt"), ".json"),
+        (("replay", "pc1.broken"), "broken token"),
+        (("replay", "hello"), "not a token"),
+        (("report", "nowhere.json", "-o", "x.html"), "nowhere.json"),
+        (("diff", "nowhere.json", "nowhere.json"), "nowhere.json"),
+        (("ledger", "add"), "give a token"),
+        (("ledger", "check", "nosuchlibrary"), "unknown implementation"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_2(tmp_path, arguments, word):
+    found = peftcheck(tmp_path, *arguments)
+    assert found.returncode == 2
+    lines = found.stderr.strip().splitlines()
+    assert len(lines) == 1 and word in lines[0], found.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing half-written"
+
+
+def test_malformed_ledger_is_exit_2(tmp_path):
+    (tmp_path / "ledger.toml").write_text("[[issue]]\nid = 'x'\nnonsense = 1\n")
+    found = peftcheck(tmp_path, "run", REFERENCE, "--ledger", "ledger.toml")
+    assert found.returncode == 2
+    assert "ledger.toml" in found.stderr and len(found.stderr.strip().splitlines()) == 1
+
+
+def test_record_of_another_schema_is_exit_2(tmp_path):
+    path = tmp_path / "old.json"
+    path.write_text(json.dumps({"schema": 99}))
+    found = peftcheck(tmp_path, "report", str(path), "-o", str(tmp_path / "x.html"))
+    assert found.returncode == 2 and "schema" in found.stderr
+    assert not (tmp_path / "x.html").exists()

@@ -144,9 +144,27 @@ class Stage:
             changed = {**changed, **self.formula.merge(self.machine, site, {**base, **changed})}
         return changed
 
-    def roundtrip(self, name: str, adapters: Sequence[int] | None = None) -> dict[str, Tensor]:
-        """Return the round-trip budget of a layer's tensors."""
-        return budgets.roundtrip(self.machine, self.formula, self.sites(name, adapters), self.base(name))
+    def roundtrip(self, name: str, adapters: Sequence[int] | None = None, cycles: int = 1) -> dict[str, Tensor]:
+        """Return the budget of a layer's tensors after `cycles` round trips, each from where the last one ended.
+
+        Where that may be counts: a method whose factors depend on the weight starts each trip from other factors.
+        """
+        sites, base = self.sites(name, adapters), self.base(name)
+        total: dict[str, Tensor] = {}
+        for _ in range(cycles):
+            for tensor, moved in budgets.roundtrip(self.machine, self.formula, sites, base).items():
+                total[tensor] = total[tensor] + moved if tensor in total else moved
+                base = {**base, tensor: base[tensor].widened(moved)} if bool((moved > 0).any()) else base
+        return total
+
+    def recovers(self, cycles: int) -> bool:
+        """Return whether every merge of as many round trips stays clear of overflow, wherever they lead."""
+        for name in self.targeted:
+            base, moved = self.base(name), self.roundtrip(name, cycles=cycles - 1)
+            moved_base = {**base, **{tensor: base[tensor].widened(far) for tensor, far in moved.items()}}
+            if not self.sound(*self.merge_of(self.sites(name), moved_base).values()):
+                return False
+        return True
 
     def documented(self, name: str, adapters: Sequence[int] | None = None, cycles: int = 1) -> dict[str, Tensor]:
         """Return the sum of the bounds that the variant documents for its round trips, by tensor; else empty."""

@@ -99,10 +99,10 @@ def _restored(stage: Stage, cycles: int) -> Measurement | None:
     found = []
     for name in stage.targeted:
         forms = stage.merged(name)
-        budget, extra = stage.roundtrip(name), stage.documented(name, cycles=cycles)
+        budget, extra = stage.roundtrip(name, cycles=cycles), stage.documented(name, cycles=cycles)
         for tensor in forms:
             key, role = f"{name}.{tensor}", f"{name}:{tensor}"
-            allowed = torch.zeros_like(budget[tensor]) if exact else cycles * budget[tensor]
+            allowed = torch.zeros_like(budget[tensor]) if exact else budget[tensor]
             more = extra.get(tensor)
             found.append(compare(role, tensors[key], stage.start[key], allowed, more))
     return worst(found) if found else None
@@ -124,13 +124,15 @@ def roundtrip(stage: Stage) -> Measurement | None:
 
 @law(
     "merge.drift",
-    "abs((unmerge merge)^k(W) - W) <= k times the round-trip bound",
+    "abs((unmerge merge)^k(W) - W) <= bounds of k round trips, each from where the last one ended",
     (Op.MERGE, Op.UNMERGE),
     "weight synchronisation to an inference server merges and unmerges at every step",
     concerns=_inverts,
 )
 def drift(stage: Stage) -> Measurement | None:
-    """Merge and unmerge several times."""
+    """Merge and unmerge several times, where that may not end in an overflow."""
+    if not stage.recovers(stage.case.cycles):
+        return None
     for _ in range(stage.case.cycles):
         merge_all(stage)
         stage.attached.unmerge()
@@ -177,7 +179,8 @@ def _disabled_while_merged(stage: Stage, outputs) -> list[Measurement]:
         moved = {**base, **{tensor: base[tensor].widened(room) for tensor, room in _room(stage, spec).items()}}
         ideal = layer_output(stage.machine.base, spec, base, stage.activation(spec.name, x))
         after = layer_output(stage.machine.base, spec, moved, stage.activation(spec.name, x))
-        found.append(compare(f"{spec.name}:output", output, plain, ideal.bound + after.bound))
+        if stage.sound(after):  # a round trip that may lead anywhere says nothing of the output
+            found.append(compare(f"{spec.name}:output", output, plain, ideal.bound + after.bound))
     return found
 
 

@@ -23,7 +23,11 @@ _ROOM = 0.5  # closer than this to the overflow threshold the oracle does not sa
 
 @dataclass(frozen=True)
 class Poisoned:
-    """Where the poison went, and what the oracle says of the merge: 'refuse', 'accept', or 'open'."""
+    """Where the poison acts, and what the oracle says of the merge: 'refuse', 'accept', or 'open'.
+
+    `site` is the first layer that has to refuse: a projection that layers share may be poisoned beyond what the layer
+    at hand uses of it. Where none has to, it is the layer of the poisoned tensor.
+    """
 
     adapter: int
     site: str
@@ -66,7 +70,8 @@ def administer(stage: Stage) -> Poisoned | None:
     after = {k: t.detach().clone() for k, t in stage.attached.adapter_tensors(stage.names[adapter]).items()}
     # a projection that several sites share is poisoned at all of them
     forms = {site: stage.merge_of([stage.site_of(adapter, site, after)], stage.base(site)) for site in sites}
-    return Poisoned(adapter, name, key[1], _verdict(stage, forms), forms)
+    refusing = (site for site, base in forms.items() if any(_one(stage, f.value, f.ceiling()) == "refuse" for f in base.values()))
+    return Poisoned(adapter, next(refusing, name), key[1], _verdict(stage, forms), forms)
 
 
 def _verdict(stage: Stage, forms: dict[str, Base]) -> str:

@@ -97,7 +97,7 @@ class Hooked:
         self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
     def roots(self) -> Sequence[object]:
-        return (self.model, self.adapters)
+        return (self.model, self)
 
     def sites(self, adapter: str) -> tuple[str, ...]:
         return tuple(self.adapters[adapter])

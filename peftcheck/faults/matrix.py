@@ -1,0 +1,180 @@
+"""The kill matrix: which law catches which fault."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+from peftcheck import engine, generator
+from peftcheck.case import LAYERS, Case, Sweep, encode
+from peftcheck.errors import HarnessError
+from peftcheck.faults.fault import Fault, Faulty
+from peftcheck.implementation import Implementation
+from peftcheck.law import Law
+from peftcheck.laws.refuse import attach_refused
+from peftcheck.outcome import ERROR, PASS, VIOLATION, Outcome
+from peftcheck.record import FaultRecord
+from peftcheck.rounding import DTYPES
+
+_SOURCES = {path.name for path in Path(__file__).parent.glob("*.py")}
+_WALK = 60  # cases drawn on a sweep, not built, in search of those that suit a fault
+
+
+@dataclass(frozen=True)
+class FaultResult:
+    """What became of a fault.
+
+    `cases`: on how many it was tried; none where the implementation has nothing that suits it. `kills`: on how many
+    of them each law failed with the fault and held without. `token` replays the first kill (without the fault the law
+    holds there).
+    """
+
+    fault: Fault
+    cases: int
+    kills: tuple[tuple[str, int], ...]
+    token: str | None = None
+
+    @property
+    def laws(self) -> tuple[str, ...]:
+        """The names of the laws that caught it."""
+        return tuple(name for name, _ in self.kills)
+
+    @property
+    def tried(self) -> bool:
+        """Whether there was a case to try it on."""
+        return self.cases > 0
+
+    @property
+    def survived(self) -> bool:
+        """Whether it was tried and no law caught it."""
+        return self.tried and not self.kills
+
+
+def kill_matrix(
+    implementation: Implementation,
+    faults: Sequence[Fault],
+    laws: Sequence[Law],
+    cases: int = 8,
+    seed: int = 0,
+) -> tuple[FaultResult, ...]:
+    """Try every fault on up to `cases` cases that suit it, and return which of the laws caught it.
+
+    A law catches a fault if on the same case it fails with the fault and holds without. Raises HarnessError where a
+    fault's own source crashes and is not meant to.
+    """
+    sound: dict[str, dict[str, str]] = {}
+    return tuple(_try(implementation, fault, laws, cases, seed, sound) for fault in faults)
+
+
+def idle(results: Sequence[FaultResult], laws: Sequence[Law]) -> tuple[str, ...]:
+    """Return the laws that caught no fault: they prove nothing until one is found that they catch."""
+    caught = {name for result in results for name in result.laws}
+    return tuple(law.name for law in laws if law.name not in caught)
+
+
+def records(results: Sequence[FaultResult]) -> tuple[FaultRecord, ...]:
+    """Return the results as a record has them; faults that nothing suited are left out."""
+    return tuple(
+        FaultRecord(
+            name=result.fault.name,
+            description=result.fault.description,
+            models=result.fault.models,
+            laws_killing=result.laws,
+            killed=not result.survived,
+        )
+        for result in results
+        if result.tried
+    )
+
+
+def _try(
+    implementation, fault: Fault, laws: Sequence[Law], count: int, seed: int, sound: dict
+) -> FaultResult:
+    faulty = Faulty(implementation, fault)
+    kills: dict[str, int] = {}
+    token, tried = None, 0
+    for case in suitable(implementation, fault, count, seed):
+        tried += 1
+        key = encode(case, "")
+        if key not in sound:
+            sound[key] = {outcome.law: outcome.status for outcome in _check(implementation, case, laws)}
+        for outcome in _check(faulty, case, laws):
+            if outcome.failed and sound[key].get(outcome.law) == PASS:
+                _own_crash(fault, outcome)
+                kills[outcome.law] = kills.get(outcome.law, 0) + 1
+                token = token or encode(case, outcome.law)
+    return FaultResult(fault, tried, tuple(sorted(kills.items())), token)
+
+
+def _check(implementation: Implementation, case: Case, laws: Sequence[Law]) -> list[Outcome]:
+    """Check the laws on a case; on a layer that the variant does not accept: that it is refused."""
+    if case.sweep.layer in implementation.variants()[case.sweep.variant].layers:
+        return engine.check(implementation, case, laws)
+    with engine.pinned():
+        found = attach_refused(implementation, case)
+    status = PASS if found.holds else VIOLATION
+    return [Outcome(law.name, status, found) for law in laws if law.name == "refuse.attach"]
+
+
+def _own_crash(fault: Fault, outcome: Outcome) -> None:
+    """Raise where a crash comes from the fault's own source by mistake: such a kill would prove nothing."""
+    place = (outcome.fingerprint or "").rpartition(" in ")[2].partition(":")[0]
+    if outcome.status == ERROR and place in _SOURCES and not fault.crashes and not _is_refusal(outcome):
+        raise HarnessError(f"fault {fault.name} itself crashes: {outcome.message}")
+
+
+def _is_refusal(outcome: Outcome) -> bool:
+    return outcome.message.startswith("ValueError")
+
+
+def suitable(implementation: Implementation, fault: Fault, count: int, seed: int = 0) -> Iterator[Case]:
+    """Yield up to `count` cases that suit a fault, one sweep after the other in turn."""
+    walks = [_walk(implementation, fault, sweep, seed) for sweep in _sweeps(implementation, fault)]
+    while walks and count > 0:
+        for walk in list(walks):
+            case = next(walk, None)
+            if case is None:
+                walks.remove(walk)
+                continue
+            yield case
+            count -= 1
+            if count == 0:
+                return
+
+
+def _sweeps(implementation: Implementation, fault: Fault) -> list[Sweep]:
+    """Return the sweeps on which a fault means something, ordered so that the first few differ in everything."""
+    variants = implementation.variants()
+    chosen = [name for name in variants if not fault.variants or name in fault.variants]
+    found = [
+        Sweep(implementation.name, name, layer, dtype)
+        for name, layer, dtype in product(chosen, LAYERS, DTYPES)
+        if (layer in variants[name].layers) is not fault.unsupported
+        and (not fault.layers or layer in fault.layers)
+        and (not fault.dtypes or dtype in fault.dtypes)
+        and dtype in variants[name].dtypes
+    ]
+    # a fixed stride that is coprime to the number of sweeps visits all of them, neighbours far apart
+    stride = next(
+        s for s in range(max(1, len(found) * 5 // 13), 2 * len(found) + 2) if _coprime(s, max(1, len(found)))
+    )
+    return [found[index * stride % len(found)] for index in range(len(found))]
+
+
+def _coprime(a: int, b: int) -> bool:
+    while b:
+        a, b = b, a % b
+    return a == 1
+
+
+def _walk(implementation: Implementation, fault: Fault, sweep: Sweep, seed: int) -> Iterator[Case]:
+    variant = implementation.variants()[sweep.variant]
+    for index in range(_WALK):
+        exact = index % 2 == 0 if fault.exact is None else fault.exact
+        case = generator.draw(variant, sweep, seed, index, exact)
+        if fault.exact is True and case.profile != "dyadic":
+            return
+        if fault.suits(case):
+            yield case

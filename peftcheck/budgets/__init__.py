@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from peftcheck.budgets import additive, documented, scaling
+from peftcheck.budgets import additive, documented, normalized, scaling
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
 
 Budget = dict[str, Tensor]
 _ROUNDTRIP: dict[Family, Callable[..., Budget]] = {
     Family.ADDITIVE: additive.roundtrip,
+    Family.NORMALIZED: normalized.roundtrip,
     Family.SCALING: scaling.roundtrip,
 }
 DOCUMENTED: dict[str, Callable[..., Budget]] = documented.BOUNDS

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from peftcheck.oracle import lowrank, scaling
+from peftcheck.oracle import adaptive, biases, lowrank, normalized, products, projections, scaling
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine
 
-_MODULES = (lowrank, scaling)
+_MODULES = (lowrank, products, projections, adaptive, biases, normalized, scaling)
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}
 
 __all__ = ["FORMULAS", "Base", "Family", "Formula", "Machine", "Site", "machine"]

@@ -20,12 +20,16 @@ def scale(adapter: AdapterSpec) -> float:
 
 
 def product(m: Machine, site: Site) -> Bounded:
-    """Return s B A as a matrix (out, in) or kernel (out, in, *k), in the adapter's arithmetic."""
+    """Return s B A as a matrix (out, in) or kernel (out, in, *k), in the adapter's arithmetic.
+
+    In a grouped convolution the outputs of a group see only their own share of the rank.
+    """
     a, b = site.tensors["A"], site.tensors["B"]
-    matrix = m.adapter.matmul(b.map(lambda t: t.flatten(1)), a.map(lambda t: t.flatten(1)))
-    if site.spec.kind in CONVOLUTIONS:
-        shape = (b.value.shape[0], *a.value.shape[1:])
-        matrix = matrix.map(lambda t: t.reshape(shape))
+    groups = site.spec.groups
+    by_group = b.map(lambda t: t.reshape(groups, t.shape[0] // groups, -1))
+    matrix = m.adapter.matmul(by_group, a.map(lambda t: t.reshape(groups, t.shape[0] // groups, -1)))
+    shape = (b.value.shape[0], *a.value.shape[1:])
+    matrix = matrix.map(lambda t: t.reshape(shape))
     return m.adapter.scale(matrix, scale(site.adapter))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftcheck.implementations.peft.method import Method
-from peftcheck.implementations.peft.methods import ia3, lora
+from peftcheck.implementations.peft.methods import adalora, beft, ia3, loha, lokr, lora, vera
 
-_FAMILIES = (lora, ia3)
+_FAMILIES = (lora, loha, lokr, adalora, vera, beft, ia3)
 METHODS: dict[str, Method] = {method.variant.name: method for family in _FAMILIES for method in family.METHODS}

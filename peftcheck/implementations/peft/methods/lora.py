@@ -28,7 +28,10 @@ def configured(**constants) -> Callable[[AdapterSpec, list[str]], Any]:
     """Return the configuration of a LoRA with the given constant options."""
 
     def config(adapter: AdapterSpec, targets: list[str]) -> LoraConfig:
-        return LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, **constants)
+        rslora = bool(adapter.option("rslora"))
+        return LoraConfig(
+            r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, use_rslora=rslora, **constants
+        )
 
     return config
 
@@ -47,4 +50,54 @@ def rank_divisible(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: b
     return replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank if exact else adapter.alpha)
 
 
-METHODS = (Method(Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim), configured(), ROLES),)
+def claim_bias(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
+    """A LoRA with a bias of its own needs a bias of the layer's to merge it into."""
+    return Claim.REFUSES if op in MERGES and not spec.bias else claim(op, spec, adapter)
+
+
+def claim_dora(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
+    """A DoRA has no delta of its own to report, combine or mix: what it changes depends on the base."""
+    if op is Op.DELTA:
+        return Claim.ABSENT
+    return Claim.REFUSES if op is Op.MIXED_BATCH else claim(op, spec, adapter)
+
+
+METHODS = (
+    Method(Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim), configured(), ROLES),
+    Method(
+        Variant(
+            "lora.rslora",
+            "lora",
+            LAYERS,
+            options={"rslora": (True,)},
+            fit=rank_divisible,
+            claim=claim,
+        ),
+        configured(),
+        ROLES,
+    ),
+    Method(
+        Variant(
+            "lora.bias",
+            "lora",
+            frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS}),
+            options={"rslora": (False, True)},
+            fit=rank_divisible,
+            claim=claim_bias,
+        ),
+        configured(lora_bias=True),
+        ROLES,
+    ),
+    Method(
+        Variant(
+            "lora.dora",
+            "dora",
+            LAYERS,
+            options={"rslora": (False, True)},
+            fit=rank_divisible,
+            claim=claim_dora,
+        ),
+        configured(use_dora=True),
+        ROLES,
+    ),
+)

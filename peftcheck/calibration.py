@@ -184,6 +184,8 @@ def _elementwise(dtype: torch.dtype) -> float:
     held = third if dtype == torch.float64 else float(torch.tensor(third, dtype=torch.float32))
     due = [Fraction(p) * Fraction(held) for p in x.tolist()]
     worst = max(worst, _one_rounding(numbers, x * third, due))
+    roots = [_root(Fraction(p)) for p in x.abs().tolist()]
+    worst = max(worst, _one_rounding(numbers, x.abs().sqrt(), roots) / 2)  # one unit in the last place is allowed
     if dtype != torch.float64:
         wide = torch.randn(64, generator=generator, dtype=torch.float32)
         cast = _one_rounding(numbers, wide.to(dtype), [Fraction(p) for p in wide.tolist()])
@@ -195,6 +197,12 @@ def _elementwise(dtype: torch.dtype) -> float:
 def _one_rounding(numbers: Precision, found: Tensor, due: list[Fraction]) -> float:
     unit, pairs = Fraction(numbers.roundoff), zip(found.tolist(), due, strict=True)
     return float(max(abs(Fraction(p) - q) / (unit * abs(q)) if q else Fraction(p != 0) for p, q in pairs))
+
+
+def _root(value: Fraction) -> Fraction:
+    """Return the square root to 100 bits or more."""
+    shift = 256
+    return Fraction(math.isqrt(value.numerator * value.denominator << shift), value.denominator << shift // 2)
 
 
 def _keeps_subnormals(dtype: torch.dtype) -> bool:

@@ -168,13 +168,14 @@ class Arithmetic:
     def _representable(self, terms: Tensor, quantum: float) -> bool:
         """Return whether every partial sum of the terms is a number of the store, hence of its accumulator too.
 
-        Each is an integer multiple of the quantum, at most 2^bits quanta large: such multiples have no more than
-        `bits` significant bits. The quantum is no finer than the smallest subnormal, the sum below overflow.
+        Each is an integer multiple of the quantum, less than 2^bits quanta large: such multiples have no more than
+        `bits` significant bits. The quantum is no finer than the smallest subnormal, the sum below overflow. `terms`
+        is itself summed in fp64, where a partial sum that reaches 2^53 quanta may be rounded, but never below them.
         """
         if terms.numel() == 0:
             return True
         largest = float(terms.max())
-        return largest <= 2.0**self.store.bits * quantum and quantum >= self.store.eta and largest <= self.store.largest
+        return largest < 2.0**self.store.bits * quantum and quantum >= self.store.eta and largest <= self.store.largest
 
     def rounded(self, x: Bounded) -> Bounded:
         """Cast to storage: one rounding."""
@@ -259,27 +260,30 @@ class Arithmetic:
         """Return the square root of what no correct computation makes negative (a sum of squares).
 
         abs(sqrt(x + e) - sqrt(x)) = abs(e) / (sqrt(x + e) + sqrt(x)) <= min(e / sqrt(x), sqrt(e)). The second grows
-        more slowly than e, so that an fp64 oracle may use up to 2^-14 of it (see `judged`).
+        more slowly than e, so that an fp64 oracle may use up to 2^-14 of it (see `judged`). Vector libraries are
+        accurate to one unit in the last place, not to half of one: an `a` more.
         """
         value = x.value.sqrt()
-        if x.error is None:
-            return self._round(value, 0.0)
-        root = x.error.sqrt()
-        return self._round(value, (1 + 2.0**-14) * torch.where(value > root, x.error / value, root))
+        moved = torch.zeros_like(value)
+        if x.error is not None:
+            root = x.error.sqrt()
+            moved = (1 + 2.0**-14) * torch.where(value > root, x.error / value, root)
+        return self._round(value, moved + self.store.a * (value + moved))
 
     def norm(self, x: Bounded, dim: int | tuple[int, ...]) -> Bounded:
         """Return the 2-norm over `dim`, keeping it.
 
-        The sum of n squares is off by gamma(n) relatively, its root by half of that, then one rounding: less than
-        gamma(n + 1). Squares that underflow add n eta to the sum, see `sqrt`; those that overflow make the bound
-        infinite. An incoming error e moves the norm by at most norm(e).
+        The sum of n squares is off by g = gamma(n) relatively, its root by at most g (1 + g) / 2; for the rest see
+        `sqrt`. Squares that underflow add n eta to the sum; those that overflow make the bound infinite. An incoming
+        error e moves the norm by at most norm(e).
         """
         dims = (dim,) if isinstance(dim, int) else dim
         n = math.prod(x.value.shape[d] for d in dims)
         value = torch.linalg.vector_norm(x.value, dim=dims, keepdim=True)
         moved = 0.0 if x.error is None else torch.linalg.vector_norm(x.error, dim=dims, keepdim=True)
-        ceiling, lost, kept = value + moved, n * self.store.accumulator.eta, self.store.accumulator
-        carried = moved + self.store.gamma(n + 1) * ceiling
+        ceiling, kept, g = value + moved, self.store.accumulator, self.store.gamma(n)
+        lost = n * kept.eta
+        carried = moved + (g * (1 + g) / 2 + self.store.a) * ceiling
         carried = carried + torch.where(value > math.sqrt(lost), lost / value, math.sqrt(lost))
         return self._round(value, torch.where(ceiling <= math.sqrt(kept.largest) / 2, carried, math.inf))
 

@@ -110,7 +110,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 def _session(config: pytest.Config, target: str, path: str | None) -> Session:
     from peftcheck.errors import UsageError
-    from peftcheck.session import Session, Settings
+    from peftcheck.session import Session, Settings, parse_shard
     from peftcheck.suite import Filters
 
     collector = config.stash[COLLECTOR]
@@ -124,7 +124,7 @@ def _session(config: pytest.Config, target: str, path: str | None) -> Session:
                 _seed(_option(config, "seed")),
                 None if chosen == "none" else chosen,
                 Filters(*(tuple(config.getoption(f"--peftcheck-{name}") or ()) for name in _FILTERS)),
-                _shard(config.getoption("--peftcheck-shard")),
+                parse_shard(config.getoption("--peftcheck-shard")),
                 config.getoption("--peftcheck-journal"),
                 config.getoption("--peftcheck-watchdog"),
             )
@@ -141,17 +141,6 @@ def _seed(text: str | None) -> int:
         return int(text or 0)
     except ValueError:
         raise UsageError(f"the seed must be a whole number, not '{text}'") from None
-
-
-def _shard(text: str | None) -> tuple[int, int]:
-    from peftcheck.errors import UsageError
-
-    if text is None:
-        return (1, 1)
-    found = re.fullmatch(r"(\d+)/(\d+)", text)
-    if not found or not 1 <= int(found[1]) <= int(found[2]):
-        raise UsageError(f"a shard is written i/n with 1 <= i <= n, not '{text}'")
-    return int(found[1]), int(found[2])
 
 
 @pytest.fixture

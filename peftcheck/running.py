@@ -36,7 +36,7 @@ class _Keep:
 
 def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
     """Run the conformance suite through pytest, write record and reports, return the exit code."""
-    from peftcheck.session import Session, Settings
+    from peftcheck.session import Session, Settings, parse_shard
     from peftcheck.suite import Filters
 
     seed = options["seed"]
@@ -49,10 +49,12 @@ def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
     if ledger not in (None, "none") and not Path(ledger).exists():
         raise UsageError(f"no ledger at {ledger}")
     # everything that can be wrong with the request is found here, before a worker starts or a file is written
-    version = Session(
-        Settings(target, options["profile"], seed, None if ledger == "none" else ledger or "", filters)
+    library = Session(
+        Settings(
+            target, options["profile"], seed, None if ledger == "none" else ledger or "", filters, parse_shard(options["shard"])
+        )
     ).implementation
-    paths = _outputs(options, version.name, version.version)
+    paths = _outputs(options, library.name, library.version)
     journal = tempfile.mkdtemp(prefix="peftcheck-")
     folder = Path(__file__).parent
     arguments = [

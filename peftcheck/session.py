@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -30,6 +31,16 @@ class Settings:
     shard: tuple[int, int] = (1, 1)
     journal: str | None = None
     watchdog: float = CASE_SECONDS
+
+
+def parse_shard(text: str | None) -> tuple[int, int]:
+    """Return (i, n) of a shard written 'i/n', (1, 1) of None; raises UsageError for anything else."""
+    if text is None:
+        return (1, 1)
+    found = re.fullmatch(r"(\d+)/(\d+)", text)
+    if not found or not 1 <= int(found[1]) <= int(found[2]):
+        raise UsageError(f"a shard is written i/n with 1 <= i <= n, not '{text}'")
+    return int(found[1]), int(found[2])
 
 
 @dataclass(frozen=True)

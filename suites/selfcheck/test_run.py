@@ -9,8 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
 
 from peftcheck import record as records
+from peftcheck.cli import main
 
 HERE = Path(__file__).parent
 REFERENCE = "peftcheck.implementations.reference:Reference"
@@ -23,6 +25,12 @@ def peftcheck(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
         del environment[name]
     command = [sys.executable, "-m", "peftcheck.cli", *arguments]
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+
+
+def inside(folder: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Result:
+    """Run a command in this process: for what must fail before any worker starts."""
+    monkeypatch.chdir(folder)
+    return CliRunner().invoke(main, arguments)
 
 
 def run(folder: Path, target: str, *arguments: str) -> tuple[int, records.Record, str]:
@@ -111,24 +119,24 @@ def test_filter_does_not_change_a_verdict(tmp_path):
         (("ledger", "check", "nosuchlibrary"), "unknown implementation"),
     ],
 )
-def test_bad_input_is_one_clear_line_and_exit_2(tmp_path, arguments, word):
-    found = peftcheck(tmp_path, *arguments)
-    assert found.returncode == 2
+def test_bad_input_is_one_clear_line_and_exit_2(tmp_path, monkeypatch, arguments, word):
+    found = inside(tmp_path, monkeypatch, *arguments)
+    assert found.exit_code == 2
     lines = found.stderr.strip().splitlines()
     assert len(lines) == 1 and word in lines[0], found.stderr
     assert list(tmp_path.iterdir()) == [], "nothing half-written"
 
 
-def test_malformed_ledger_is_exit_2(tmp_path):
+def test_malformed_ledger_is_exit_2(tmp_path, monkeypatch):
     (tmp_path / "ledger.toml").write_text("[[issue]]\nid = 'x'\nnonsense = 1\n")
-    found = peftcheck(tmp_path, "run", REFERENCE, "--ledger", "ledger.toml")
-    assert found.returncode == 2
+    found = inside(tmp_path, monkeypatch, "run", REFERENCE, "--ledger", "ledger.toml")
+    assert found.exit_code == 2
     assert "ledger.toml" in found.stderr and len(found.stderr.strip().splitlines()) == 1
 
 
-def test_record_of_another_schema_is_exit_2(tmp_path):
+def test_record_of_another_schema_is_exit_2(tmp_path, monkeypatch):
     path = tmp_path / "old.json"
     path.write_text(json.dumps({"schema": 99}))
-    found = peftcheck(tmp_path, "report", str(path), "-o", str(tmp_path / "x.html"))
-    assert found.returncode == 2 and "schema" in found.stderr
+    found = inside(tmp_path, monkeypatch, "report", str(path), "-o", str(tmp_path / "x.html"))
+    assert found.exit_code == 2 and "schema" in found.stderr
     assert not (tmp_path / "x.html").exists()

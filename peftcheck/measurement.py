@@ -55,7 +55,10 @@ def compare(role: str, found: Tensor, expected: Tensor, budget: Tensor, document
         return broken(role, "shape", f"shape {tuple(found.shape)} where {tuple(expected.shape)} is due")
     if found.numel() == 0:
         return replace(NOTHING, role=role)
-    budget = budget.broadcast_to(expected.shape)
+    try:
+        budget = budget.broadcast_to(expected.shape)
+    except RuntimeError:  # both tensors came from the library, alike in a shape that is not the layer's
+        return broken(role, "shape", f"shape {tuple(found.shape)} where {tuple(budget.shape)} is due")
     if bool((budget < 0).any()):
         raise ValueError(f"negative budget for {role}")
     found, expected = found.detach().double(), expected.detach().double()

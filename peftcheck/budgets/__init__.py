@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from peftcheck.budgets import additive, documented, normalized, scaling
+from peftcheck.budgets import additive, documented, normalized, rotation, scaling
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
 
 Budget = dict[str, Tensor]
@@ -14,6 +14,7 @@ _ROUNDTRIP: dict[Family, Callable[..., Budget]] = {
     Family.ADDITIVE: additive.roundtrip,
     Family.NORMALIZED: normalized.roundtrip,
     Family.SCALING: scaling.roundtrip,
+    Family.ROTATION: rotation.roundtrip,
 }
 DOCUMENTED: dict[str, Callable[..., Budget]] = documented.BOUNDS
 

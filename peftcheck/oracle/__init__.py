@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
-from peftcheck.oracle import adaptive, biases, lowrank, normalized, products, projections, scaling
+from peftcheck.oracle import (
+    adaptive,
+    biases,
+    householder,
+    lowrank,
+    normalized,
+    products,
+    projections,
+    rotation,
+    scaling,
+)
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine
 
-_MODULES = (lowrank, products, projections, adaptive, biases, normalized, scaling)
+_MODULES = (lowrank, products, projections, adaptive, biases, normalized, scaling, rotation, householder)
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}
 
 __all__ = ["FORMULAS", "Base", "Family", "Formula", "Machine", "Site", "machine"]

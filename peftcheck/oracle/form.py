@@ -57,6 +57,28 @@ Base = Mapping[str, Bounded]
 
 
 @dataclass(frozen=True)
+class Turn:
+    """A multiplication of the weight by a square matrix, and the way back, as the machine carries them out.
+
+    `matrix` T (n, n) and `inverse` X (n, n) as stored, with bounds from the exact T and T^-1; `residual` (n, n)
+    bounds abs(T' X' - I) for the machine's own T' and X'. Each entry of a product sums at most `n` products, stored
+    in `arithmetic`. `rows(name, tensor)` lays a tensor of the layer out as a matrix (any, n) that T multiplies from
+    the right, `back(name, matrix)` undoes it; `names` are the tensors that are turned. `gain` (any, 1), where there
+    is one, scales the rows after the product, and divides them on the way back.
+    """
+
+    matrix: Bounded
+    inverse: Bounded
+    residual: Tensor
+    n: int
+    arithmetic: Arithmetic
+    rows: Callable[[str, Tensor], Tensor]
+    back: Callable[[str, Tensor], Tensor]
+    names: tuple[str, ...] = ("weight",)
+    gain: Bounded | None = None
+
+
+@dataclass(frozen=True)
 class Formula:
     """A method's closed form.
 
@@ -65,7 +87,9 @@ class Formula:
     method is additive, returns what is added to each tensor. `hints` tell the value generator what each role is
     (see `values.adapter`); `merge_many(machine, sites, base)` stands in for merging one after the other where a later
     adapter depends on more than what the earlier ones left (a norm of the unmerged weight). `dyadic` says that sums, products and powers of two suffice, so that the exact regime
-    exists. `roundtrip(machine, sites, base)` overrides the family's budget. `source`: paper and equation.
+    exists. `roundtrip(machine, formula, sites, base)` overrides the family's budget. `turn(machine, site)`, where the
+    method multiplies the weight by a matrix, returns that matrix (None: it does not fit the layer, and nothing is
+    merged). `source`: paper and equation.
     """
 
     family: Family
@@ -76,4 +100,5 @@ class Formula:
     hints: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     dyadic: bool = True
     merge_many: Callable[[Machine, Sequence[Site], Base], dict[str, Bounded]] | None = None
-    roundtrip: Callable[[Machine, Sequence[Site], Base], dict[str, Tensor]] | None = None
+    roundtrip: Callable[[Machine, Formula, Sequence[Site], Base], dict[str, Tensor]] | None = None
+    turn: Callable[[Machine, Site], Turn | None] | None = None

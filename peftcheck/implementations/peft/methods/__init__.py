@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftcheck.implementations.peft.method import Method
-from peftcheck.implementations.peft.methods import adalora, beft, ia3, loha, lokr, lora, vera
+from peftcheck.implementations.peft.methods import adalora, beft, boft, hra, ia3, loha, lokr, lora, oft, vera
 
-_FAMILIES = (lora, loha, lokr, adalora, vera, beft, ia3)
+_FAMILIES = (lora, loha, lokr, adalora, vera, beft, ia3, oft, boft, hra)
 METHODS: dict[str, Method] = {method.variant.name: method for family in _FAMILIES for method in family.METHODS}

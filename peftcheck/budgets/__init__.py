@@ -6,13 +6,15 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from peftcheck.budgets import additive, documented, normalized, rotation, scaling
+from peftcheck.budgets import additive, documented, normalized, rotation, scaling, stored
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
 
 Budget = dict[str, Tensor]
 _ROUNDTRIP: dict[Family, Callable[..., Budget]] = {
     Family.ADDITIVE: additive.roundtrip,
     Family.NORMALIZED: normalized.roundtrip,
+    Family.STORED: stored.roundtrip,
+    Family.SNAPSHOT: stored.restored,
     Family.SCALING: scaling.roundtrip,
     Family.ROTATION: rotation.roundtrip,
 }

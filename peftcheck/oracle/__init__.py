@@ -4,18 +4,38 @@ from __future__ import annotations
 
 from peftcheck.oracle import (
     adaptive,
+    banks,
     biases,
     householder,
     lowrank,
     normalized,
     products,
     projections,
+    random_bases,
+    replaced,
     rotation,
     scaling,
+    sparse,
+    spectral,
 )
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine
 
-_MODULES = (lowrank, products, projections, adaptive, biases, normalized, scaling, rotation, householder)
+_MODULES = (
+    lowrank,
+    products,
+    projections,
+    adaptive,
+    biases,
+    normalized,
+    scaling,
+    rotation,
+    householder,
+    random_bases,
+    banks,
+    sparse,
+    replaced,
+    spectral,
+)
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}
 
 __all__ = ["FORMULAS", "Base", "Family", "Formula", "Machine", "Site", "machine"]

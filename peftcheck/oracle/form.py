@@ -20,6 +20,7 @@ class Family(Enum):
     NORMALIZED = "normalized"
     SCALING = "scaling"
     ROTATION = "rotation"
+    STORED = "stored"
     SNAPSHOT = "snapshot"
     OPAQUE = "opaque"
 
@@ -89,7 +90,8 @@ class Formula:
     adapter depends on more than what the earlier ones left (a norm of the unmerged weight). `dyadic` says that sums, products and powers of two suffice, so that the exact regime
     exists. `roundtrip(machine, formula, sites, base)` overrides the family's budget. `turn(machine, site)`, where the
     method multiplies the weight by a matrix, returns that matrix (None: it does not fit the layer, and nothing is
-    merged). `source`: paper and equation.
+    merged). `steps(machine, site, base)` returns every stored stage of a merge that takes several additions. `source`:
+    paper and equation.
     """
 
     family: Family
@@ -102,3 +104,4 @@ class Formula:
     merge_many: Callable[[Machine, Sequence[Site], Base], dict[str, Bounded]] | None = None
     roundtrip: Callable[[Machine, Formula, Sequence[Site], Base], dict[str, Tensor]] | None = None
     turn: Callable[[Machine, Site], Turn | None] | None = None
+    steps: Callable[[Machine, Site, Base], Sequence[Base]] | None = None

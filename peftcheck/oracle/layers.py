@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, LayerSpec
 from peftcheck.oracle.form import Base
+from peftcheck.oracle.normalization import layer_norm
 from peftcheck.rounding import Arithmetic, Bounded
 
 _CONVOLVE = {"conv1d": F.conv1d, "conv2d": F.conv2d, "conv3d": F.conv3d}
@@ -79,6 +80,8 @@ def with_bias(ar: Arithmetic, spec: LayerSpec, y: Bounded, bias: Bounded | None)
 
 def layer_output(ar: Arithmetic, spec: LayerSpec, base: Base, x: Bounded) -> Bounded:
     """Return the plain layer's output for the given weight and bias."""
+    if spec.kind == "layernorm":
+        return layer_norm(ar, base["weight"], base.get("bias"), x)
     return with_bias(ar, spec, linear_map(ar, spec, base["weight"], x), base.get("bias"))
 
 

@@ -48,7 +48,8 @@ class PeftAttached:
                 yield name, module
 
     def sites(self, adapter: str) -> tuple[str, ...]:
-        return tuple(name for name, module in self._tuner_layers() if any(True for _ in _own(module, adapter)))
+        own = ((name, _own(module, adapter, self.roles)) for name, module in self._tuner_layers())
+        return tuple(name for name, tensors in own if any(True for _ in tensors))
 
     def base_tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -67,7 +68,7 @@ class PeftAttached:
         return {
             (name, self.roles.get(key, key)): tensor
             for name, module in self._tuner_layers()
-            for key, tensor in _own(module, adapter)
+            for key, tensor in _own(module, adapter, self.roles)
         }
 
     def trainable(self, adapter: str) -> frozenset[tuple[str, str]]:
@@ -107,7 +108,8 @@ class PeftAttached:
 
     def delta(self, site: str, adapter: str) -> Tensor:
         with torch.no_grad():
-            return self.layer(site).get_delta_weight(adapter)
+            change = self.layer(site).get_delta_weight(adapter)
+            return change.to_dense() if change.is_sparse else change
 
     def unload(self) -> nn.Module:
         return self.model.unload()
@@ -128,9 +130,10 @@ class PeftAttached:
         self.model.load_adapter(str(folder), adapter, autocast_adapter_dtype=self.autocast)
 
 
-def _own(module: BaseTunerLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield an adapter's tensors in a layer as (attribute[.path], tensor)."""
-    for attribute in (*module.adapter_layer_names, *module.other_param_names):
+def _own(module: BaseTunerLayer, adapter: str, roles: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:
+    """Yield an adapter's tensors in a layer as (attribute[.path], tensor), those that only the roles name included."""
+    named = (role.partition(".")[0] for role in roles)
+    for attribute in dict.fromkeys((*module.adapter_layer_names, *module.other_param_names, *named)):
         container = getattr(module, attribute, None)
         if not isinstance(container, Mapping | nn.ModuleDict | nn.ParameterDict) and not hasattr(container, "keys"):
             continue

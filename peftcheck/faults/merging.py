@@ -15,24 +15,23 @@ from peftcheck.rounding import DTYPES
 def _consistently(spoil) -> dict[str, Operation]:
     """Return merge, unmerge and export that spoil what was merged and restore the base all the same.
 
-    The round trip is blind to such a defect: `spoil(port, before, names)` changes the base tensors after a merge
-    that began at `before`; unmerging puts the right merged values back first.
+    The round trip is blind to such a defect: `spoil(port, start, names)` changes the base tensors after a merge;
+    `start` is what they were before the first. Merging more and unmerging put the right merged values back first.
     """
 
     def merge(port: Port, adapters=None, safe=False) -> None:
         names = tuple(adapters) if adapters is not None else tuple(a.name for a in port.case.adapters)
-        before = port.notes.pop("right", None)
-        if before is not None:
-            write(port, before)
-        start = copies(own(port))
+        if "right" in port.notes:
+            write(port, port.notes["right"])
+        start = port.notes.setdefault("start", copies(own(port)))
         port.inner.merge(adapters, safe)
         port.notes["right"] = copies(own(port))
         spoil(port, start, names)
 
     def unmerge(port: Port) -> None:
-        right = port.notes.pop("right", None)
-        if right is not None:
-            write(port, right)
+        if "right" in port.notes:
+            write(port, port.notes["right"])
+        port.notes.clear()
         port.inner.unmerge()
 
     def merge_and_unload(port: Port, safe=False, adapters=None):

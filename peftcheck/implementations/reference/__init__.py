@@ -24,6 +24,8 @@ from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, Case, LayerSpe
 from peftcheck.errors import UsageError
 from peftcheck.implementation import Claim, Op, Promise, Variant
 from peftcheck.implementations.reference.attached import Make, ReferenceAttached
+from peftcheck.implementations.reference.bias import Offset
+from peftcheck.implementations.reference.dora import Decomposed
 from peftcheck.implementations.reference.ia3 import Gate
 from peftcheck.implementations.reference.lora import LowRank
 from peftcheck.rounding import DTYPES
@@ -44,6 +46,22 @@ def _lora_claims(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
 def _gate_claims(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     """A gate has neither a delta of its own nor a scale beside its values, and gates do not add up."""
     return Claim.REFUSES if op in (Op.DELTA, Op.RESCALE, Op.COMBINE) else Claim.YES
+
+
+def _dora_claims(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
+    """What a DoRA changes depends on the weight: it has no delta, and DoRAs do not add up."""
+    return Claim.REFUSES if op in (Op.DELTA, Op.COMBINE) else Claim.YES
+
+
+def _offset_claims(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
+    """An offset needs a bias to merge into, and has neither a delta of the weight nor a scale."""
+    if op in (Op.DELTA, Op.COMBINE, Op.RESCALE) or (op in MERGES and not spec.bias):
+        return Claim.REFUSES
+    return Claim.YES
+
+
+def _ungrouped(layer: LayerSpec) -> LayerSpec:
+    return replace(layer, groups=1)
 
 
 def _whole_groups(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bool) -> AdapterSpec:
@@ -92,6 +110,18 @@ METHODS: dict[str, tuple[Variant, Make]] = {
         (_lora("lora", _PLAIN | set(EMBEDDINGS)), LowRank),
         (_lora("lora.rslora", _PLAIN | set(EMBEDDINGS), _square_rank, rslora=True), LowRank),
         (_lora("lora.bias", _PLAIN, bias=True), LowRank),
+        (
+            Variant(
+                "lora.dora",
+                "dora",
+                _PLAIN | set(EMBEDDINGS),
+                admit=_ungrouped,
+                claim=_dora_claims,
+                source="Liu et al., DoRA, 2024",
+            ),
+            Decomposed,
+        ),
+        (Variant("beft", "bias", _PLAIN, claim=_offset_claims, source="Ben Zaken et al., 2021"), Offset),
         (_ia3("ia3", _PLAIN | set(EMBEDDINGS), False), Gate),
         (_ia3("ia3.feedforward", _PLAIN, True), Gate),
     )

@@ -74,6 +74,14 @@ class ReferenceAttached:
     def merged(self) -> dict[str, tuple[str, ...]]:
         return {name: tuple(wrapper.merged) for name, wrapper in self._wrappers()}
 
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(name for _, wrapper in self._wrappers() for name in wrapper.names()))
+
+    def described(self, site: str, adapter: str) -> AdapterSpec:
+        """Return the rank and, as alpha / rank, the scale in force: that of a combination follows from no option."""
+        own = self.layer(site)[adapter]
+        return AdapterSpec(adapter, (self.names.index(site),), own.rank, own.factor * own.scale * own.rank)
+
     # adapters
 
     def add(self, adapter: AdapterSpec) -> None:

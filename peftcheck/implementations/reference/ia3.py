@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from peftcheck.case import AdapterSpec
 from peftcheck.implementations.reference.layers import columns, geometry, per_input, per_output, rows
 
+Tensors = dict[str, Tensor]
+
 
 class Gate(nn.Module):
     """Hold l: (n_out), or (n_in) with the option `feedforward`."""
@@ -40,18 +42,18 @@ class Gate(nn.Module):
     def restore(self, configuration: dict[str, Any]) -> None:
         """Take nothing more: the vector is all there is."""
 
-    def around(self, layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def around(self, layer: nn.Module, plain: Callable, x: Tensor, bare: Callable[[], Tensors]) -> Tensor:
         """Return l * plain(x) or plain(l * x), where `plain` is the layer with the adapters before this one."""
         g = geometry(self.site, layer)
         if self.feedforward:
             return plain(x * per_input(g, self.vector))
         return plain(x) * per_output(g, self.vector)
 
-    def delta(self, layer: nn.Module) -> dict[str, Tensor]:
+    def delta(self, layer: nn.Module) -> Tensors:
         """Refuse: the change depends on the weight, it is no delta of the adapter's own."""
         raise ValueError(f"(IA)^3 '{self.name}' multiplies '{self.site}': it has no delta")
 
-    def _gains(self, layer: nn.Module) -> dict[str, Tensor]:
+    def _gains(self, layer: nn.Module) -> Tensors:
         """Return the factor of each of the layer's tensors; a gate on inputs leaves the bias alone."""
         g = geometry(self.site, layer)
         if self.feedforward:
@@ -61,13 +63,13 @@ class Gate(nn.Module):
             gains["bias"] = self.vector
         return gains
 
-    def merge(self, layer: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def merge(self, layer: nn.Module, tensors: Tensors, bare: Callable[[], Tensors]) -> Tensors:
         """Return the tensors that change, multiplied and rounded once to their dtype."""
         return {
             name: (tensors[name] * gain).to(tensors[name].dtype) for name, gain in self._gains(layer).items()
         }
 
-    def unmerge(self, layer: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unmerge(self, layer: nn.Module, tensors: Tensors) -> Tensors:
         """Return the tensors that change, divided by the same factors; raises ValueError where one is zero."""
         if bool((self.vector == 0).any()):
             raise ValueError(

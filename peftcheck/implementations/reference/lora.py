@@ -12,6 +12,8 @@ from torch import Tensor, nn
 from peftcheck.case import AdapterSpec
 from peftcheck.implementations.reference.layers import convolve, geometry, mix_channels, per_output
 
+Tensors = dict[str, Tensor]
+
 
 class LowRank(nn.Module):
     """Hold A (rank, n_in, *kernel), B (n_out, rank / groups, 1, ...) and, if wanted, a bias (n_out) of B.
@@ -54,11 +56,12 @@ class LowRank(nn.Module):
         """Take the stored scale: that of a combination does not follow from rank and alpha."""
         self.scale = float(configuration["scale"])
 
-    def around(self, layer: nn.Module, plain: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    def around(self, layer: nn.Module, plain: Callable, x: Tensor, bare: Callable[[], Tensors]) -> Tensor:
         """Return plain(x) + s (B A x + bias), where `plain` is the layer with the adapters before this one."""
-        return plain(x) + self._path(layer, x)
+        return plain(x) + self.path(layer, x)
 
-    def _path(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def path(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """Return s (B A x + bias) in the adapter's dtype."""
         g = geometry(self.site, layer)
         if g.kind == "embedding":
             y = self.A.t()[x] @ self.B.t() * (self.factor * self.scale)
@@ -85,7 +88,7 @@ class LowRank(nn.Module):
             self.factor * self.scale
         )
 
-    def delta(self, layer: nn.Module) -> dict[str, Tensor]:
+    def delta(self, layer: nn.Module) -> Tensors:
         """Return what merging adds to each of the layer's tensors, in the adapter's dtype and the layer's layout."""
         change = self.product(layer)
         if geometry(self.site, layer).kind in ("transposed", "embedding"):
@@ -96,13 +99,13 @@ class LowRank(nn.Module):
             raise ValueError(f"LoRA '{self.name}' cannot merge its bias into '{self.site}', which has none")
         return {"weight": change, "bias": self.bias * (self.factor * self.scale)}
 
-    def merge(self, layer: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def merge(self, layer: nn.Module, tensors: Tensors, bare: Callable[[], Tensors]) -> Tensors:
         """Return the tensors that change, delta added: the delta is rounded to their dtype, then the sum."""
         return {
             name: tensors[name] + change.to(tensors[name].dtype) for name, change in self.delta(layer).items()
         }
 
-    def unmerge(self, layer: nn.Module, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def unmerge(self, layer: nn.Module, tensors: Tensors) -> Tensors:
         """Return the tensors that change, the same rounded delta subtracted."""
         return {
             name: tensors[name] - change.to(tensors[name].dtype) for name, change in self.delta(layer).items()

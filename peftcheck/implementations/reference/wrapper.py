@@ -9,18 +9,23 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+Tensors = dict[str, Tensor]
+
 
 class Method(Protocol):
-    """An adapter on a layer (`LowRank`, `Gate`, ...): an nn.Module with its name, options, forward and merge."""
+    """An adapter on a layer (`LowRank`, `Gate`, ...): an nn.Module with its name, options, forward and merge.
+
+    `bare()` returns the layer's tensors as they are with nothing merged.
+    """
 
     site: str
     name: str
     roles: dict[str, str]
 
-    def around(self, layer, plain, x: Tensor) -> Tensor: ...
-    def merge(self, layer, tensors: dict[str, Tensor]) -> dict[str, Tensor]: ...
-    def unmerge(self, layer, tensors: dict[str, Tensor]) -> dict[str, Tensor]: ...
-    def delta(self, layer) -> dict[str, Tensor]: ...
+    def around(self, layer, plain, x: Tensor, bare) -> Tensor: ...
+    def merge(self, layer, tensors: Tensors, bare) -> Tensors: ...
+    def unmerge(self, layer, tensors: Tensors) -> Tensors: ...
+    def delta(self, layer) -> Tensors: ...
     def rescale(self, factor: float) -> None: ...
     def configuration(self) -> dict[str, Any]: ...
     def restore(self, configuration: dict[str, Any]) -> None: ...
@@ -67,13 +72,17 @@ class Wrapper(nn.Module):
         live = [name for name in self.active if name not in self.merged] if self.enabled else []
         call = self._plain
         for name in live:
-            call = partial(self[name].around, self.layer, call)
+            call = partial(self[name].around, self.layer, call, bare=self.bare)
         return call(x).to(self.layer.weight.dtype) if live else self.layer(x)
 
     def _plain(self, x: Tensor) -> Tensor:
         return self.layer(x.to(self.layer.weight.dtype) if x.is_floating_point() else x)
 
-    def merging(self, names: Iterable[str], safe: bool) -> dict[str, Tensor]:
+    def bare(self) -> Tensors:
+        """Return the layer's tensors as they are with nothing merged, computed where something is."""
+        return {**dict(self.layer.named_parameters()), **self.unmerging()}
+
+    def merging(self, names: Iterable[str], safe: bool) -> Tensors:
         """Return the layer's tensors with `names` merged, in order; write nothing.
 
         With `safe`, raise ValueError, naming the adapter, where a tensor is not finite in the layer's own dtype: an
@@ -81,7 +90,7 @@ class Wrapper(nn.Module):
         """
         tensors, changed = dict(self.layer.named_parameters()), {}
         for name in names:
-            step = self[name].merge(self.layer, {**tensors, **changed})
+            step = self[name].merge(self.layer, {**tensors, **changed}, self.bare)
             for key, tensor in step.items():
                 if safe and not bool(torch.isfinite(tensor).all()):
                     raise ValueError(
@@ -90,14 +99,14 @@ class Wrapper(nn.Module):
             changed.update(step)
         return changed
 
-    def unmerging(self) -> dict[str, Tensor]:
+    def unmerging(self) -> Tensors:
         """Return the layer's tensors without what is merged, undone in reverse order; write nothing."""
         tensors, changed = dict(self.layer.named_parameters()), {}
         for name in reversed(self.merged):
             changed.update(self[name].unmerge(self.layer, {**tensors, **changed}))
         return changed
 
-    def write(self, tensors: dict[str, Tensor]) -> None:
+    def write(self, tensors: Tensors) -> None:
         """Write new values into the tensors that there are: what shares their storage keeps sharing it."""
         for key, tensor in tensors.items():
             getattr(self.layer, key).copy_(tensor)

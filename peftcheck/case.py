@@ -229,9 +229,10 @@ def decode(token: str) -> tuple[Case, str]:
             raise ValueError("truncated")
         law, plain = json.loads(text)
         case = _case(plain)
-    except (binascii.Error, zlib.error, ValueError, TypeError, KeyError, AttributeError, UnicodeDecodeError) as error:
+        known = case.sweep.dtype in DTYPES and case.adapter_dtype in DTYPES and isinstance(law, str)
+    except (binascii.Error, zlib.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UsageError(f"broken token ({type(error).__name__}): copy it whole from a report") from error
-    if case.sweep.dtype not in DTYPES or case.adapter_dtype not in DTYPES or not isinstance(law, str):
+    if not known:
         raise UsageError("broken token: unknown dtype or law; was it made by a newer peftcheck?")
     return case, law
 

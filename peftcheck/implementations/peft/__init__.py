@@ -15,6 +15,8 @@ from peftcheck.errors import UsageError
 from peftcheck.implementation import Variant
 from peftcheck.implementations.peft.attached import PeftAttached
 from peftcheck.implementations.peft.methods import METHODS
+from peftcheck.implementations.peft.script import spelling
+from peftcheck.spelling import Spelling
 
 
 class Peft:
@@ -50,3 +52,7 @@ class Peft:
                 attached.activate([adapter.name for adapter in case.adapters])
         wrapped.train(case.train)
         return attached
+
+    def spelling(self, case: Case) -> Spelling:
+        """Return how PEFT's operations are spelled in a standalone script."""
+        return spelling(case, METHODS[case.sweep.variant])

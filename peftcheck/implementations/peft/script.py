@@ -1,0 +1,109 @@
+"""PEFT's operations as source text, for standalone scripts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from enum import Enum
+from typing import Any
+
+import peft
+
+from peftcheck.case import AdapterSpec, Case
+from peftcheck.implementations.peft.method import Method
+from peftcheck.spelling import Spelling, text
+
+_DEFINITIONS = {
+    "base": (
+        "def base(name):  # the layer inside PEFT's wrapper",
+        '    return getattr(layer(name), "get_base_layer", lambda: layer(name))()',
+    ),
+    "layer": (
+        "def layer(name):",
+        '    return model.get_submodule("base_model.model." + name)',
+    ),
+}
+
+
+def spelling(case: Case, method: Method) -> Spelling:
+    """Return how PEFT's operations are spelled for the adapters of a case."""
+    configs = [_config(method, case, adapter) for adapter in case.adapters]
+    names = tuple(dict.fromkeys(name for config in configs for name in _classes(config)))
+    half = case.sweep.dtype in ("bfloat16", "float16")  # elsewhere PEFT casts no adapter
+    cast = ", autocast_adapter_dtype=False" if half and case.adapter_dtype == case.sweep.dtype else ""
+    first, *others = zip(case.adapters, configs, strict=True)
+    attach = [f"model = get_peft_model(model, {source(first[1])}, {text(first[0].name)}{cast})"]
+    attach += [
+        f"model.add_adapter({text(adapter.name)}, {source(config)}{cast})" for adapter, config in others
+    ]
+    if others:
+        attach.append(f"model.base_model.set_adapter({_list([adapter.name for adapter in case.adapters])})")
+    attach.append(f"model.{'train' if case.train else 'eval'}()")
+    return Spelling(
+        imports=(f"from peft import {', '.join((*names, 'get_peft_model'))}",),
+        attach=tuple(attach),
+        definitions={**_DEFINITIONS},
+        layer=lambda name: f"layer({text(name)})",
+        base=lambda name, tensor: f"base({text(name)}).{tensor}",
+        delta=lambda name, adapter: f"layer({text(name)}).get_delta_weight({text(adapter)})",
+        merged=lambda name: f"layer({text(name)}).merged_adapters",
+        disabled="model.disable_adapter()",
+        unload="model.unload()",
+        export=lambda own, safe: f"model.merge_and_unload(safe_merge={safe}, adapter_names={_list(own)})",
+        merge=lambda own, safe: f"model.merge_adapter({_list(own)}, safe_merge={safe})",
+        unmerge="model.unmerge_adapter()",
+        root=lambda attached: attached.model,
+    )
+
+
+def _config(method: Method, case: Case, adapter: AdapterSpec) -> Any:
+    return method.config(adapter, [case.layers[target].name for target in adapter.targets])
+
+
+def _list(items: Sequence[str]) -> str:
+    return "[" + ", ".join(text(item) for item in items) + "]"
+
+
+def _classes(config: Any) -> list[str]:
+    """Return the names of the classes that a configuration's source names."""
+    nested = [getattr(config, field.name) for field in dataclasses.fields(config)]
+    inner = [name for value in nested if _is_config(value) for name in _classes(value)]
+    return [type(config).__name__, *inner]
+
+
+def _is_config(value: Any) -> bool:
+    return (
+        dataclasses.is_dataclass(value)
+        and not isinstance(value, type)
+        and hasattr(peft, type(value).__name__)
+    )
+
+
+def _default(field: dataclasses.Field) -> Any:
+    """Return a field's default; PEFT's configurations do not all construct without arguments."""
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def source(value: Any) -> str:
+    """Return an expression for a configuration (only what differs from its defaults) or for one of its fields."""
+    if _is_config(value):
+        given = {
+            field.name: getattr(value, field.name)
+            for field in dataclasses.fields(value)
+            if field.init and getattr(value, field.name) != _default(field)
+        }
+        return (
+            f"{type(value).__name__}({', '.join(f'{name}={source(item)}' for name, item in given.items())})"
+        )
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return text(value)
+    if isinstance(value, Enum):
+        return source(value.value)
+    if isinstance(value, set | frozenset):
+        return "[" + ", ".join(source(item) for item in sorted(value)) + "]"
+    if isinstance(value, list | tuple):
+        inner = ", ".join(source(item) for item in value)
+        return f"[{inner}]" if isinstance(value, list) else f"({inner},)"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{source(key)}: {source(item)}" for key, item in value.items()) + "}"
+    return repr(value)

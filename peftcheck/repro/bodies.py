@@ -1,0 +1,60 @@
+"""What a script does for each law: act, compare, and exit 1 if the defect shows."""
+
+from __future__ import annotations
+
+from peftcheck.implementation import Inverts
+from peftcheck.repro import merging, refusing
+from peftcheck.repro.model import indented
+from peftcheck.repro.scene import Body, Scene
+
+BODIES: dict[str, Body] = {
+    "forward.oracle": merging.outputs,
+    "merge.forward": merging.forward,
+    "merge.oracle": merging.oracle,
+    "merge.delta": merging.delta,
+    "merge.roundtrip": merging.roundtrip,
+    "merge.drift": merging.drift,
+    "merge.disable": merging.disable,
+    "merge.export": merging.export,
+    "merge.unload": merging.unload,
+    "merge.isolated": merging.isolated,
+    "merge.preserves": merging.preserves,
+    "safe_merge.rejects": refusing.rejects,
+    "safe_merge.atomic": refusing.atomic,
+    "safe_merge.all_or_nothing": refusing.all_or_nothing,
+    "safe_merge.names": refusing.names,
+    "safe_merge.agrees": refusing.agrees,
+    "refuse.merge": refusing.refused_merge,
+}
+
+
+def steps(scene: Scene, law: str) -> list[str] | None:
+    """Return the calls into the library that the law makes, for a crash that needs no comparison."""
+    say, stage = scene.say, scene.stage
+    runs = [f"{say.layer(name)}({scene.takes(name)})" for name in stage.targeted]
+    if law == "forward.oracle":
+        return runs
+    if law in ("safe_merge.rejects", "safe_merge.atomic", "safe_merge.names", "safe_merge.all_or_nothing"):
+        poisoned = scene.poisoned
+        own = stage.names if poisoned is None or law.endswith("nothing") else (stage.names[poisoned.adapter],)
+        return [say.merge(own, True)]
+    if law == "merge.delta":
+        reported = [
+            say.delta(name, stage.names[0]) for name in stage.targeted if 0 in stage.adapters_on(name)
+        ]
+        return [*reported, say.merge(stage.names[:1], stage.case.safe)]
+    if law == "merge.disable":
+        disabled = [f"with {say.disabled}:", *indented(runs)]
+        return [*disabled, *scene.merges(), *disabled]
+    back = [] if stage.variant.inverts is Inverts.NEVER else [say.unmerge]
+    return {
+        "merge.forward": [*runs, *scene.merges(), *runs],
+        "merge.oracle": scene.merges(),
+        "merge.roundtrip": [*scene.merges(), *back],
+        "merge.drift": [*scene.merges(), *back] * stage.case.cycles,
+        "merge.isolated": [*scene.merges(), *back],
+        "merge.preserves": [*scene.merges(), *back],
+        "merge.export": [say.export(stage.names, stage.case.safe)],
+        "merge.unload": [say.unload],
+        "safe_merge.agrees": [say.merge(stage.names, False), *back, say.merge(stage.names, True), *back],
+    }.get(law)

@@ -1,0 +1,144 @@
+"""What scripts do for the laws of safe merges and of refusals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from peftcheck.repro.model import indented, literal
+from peftcheck.repro.scene import Scene, compared
+from peftcheck.rounding import judged
+from peftcheck.spelling import text
+
+_WRITTEN = "bits = lambda: {%s}"  # every base tensor by name, cloned
+
+
+def _clones(scene: Scene) -> str:
+    keys = [(spec.name, key) for spec in scene.stage.case.layers for key in scene.stage.base(spec.name)]
+    items = (f"{text(f'{name}.{key}')}: {scene.say.base(name, key)}.detach().clone()" for name, key in keys)
+    return _WRITTEN % ", ".join(items)
+
+
+def _attempt(statement: str, refused: Sequence[str], accepted: Sequence[str]) -> list[str]:
+    return [
+        "try:",
+        f"    {statement}",
+        "except ValueError as error:",
+        *indented(refused),
+        "else:",
+        *indented(accepted),
+    ]
+
+
+def rejects(scene: Scene) -> list[str] | None:
+    """Merge a poisoned adapter safely."""
+    poisoned = scene.poisoned
+    if poisoned is None:
+        return None
+    statement = scene.say.merge((scene.stage.names[poisoned.adapter],), True)
+    if scene.measured.symptom.startswith("accepted"):
+        tensor = next(iter(poisoned.forms[poisoned.site]))
+        held = f"{scene.say.base(poisoned.site, tensor)}.tolist()"
+        accepted = [
+            f'print("found: accepted, merged", {held})',
+            'print("expected: a refusal")',
+            "raise SystemExit(1)",
+        ]
+        return _attempt(statement, ['print("refused:", error)'], accepted)
+    if scene.measured.symptom == "refused":
+        refused = [
+            'print("found: refused:", error)',
+            'print("expected: accepted, the merge is finite")',
+            "raise SystemExit(1)",
+        ]
+        return _attempt(statement, refused, ['print("accepted")'])
+    form = poisoned.forms[scene.site][scene.tensor]
+    allowed = judged(form, machine=scene.stage.machine.base.store)
+    return [statement, f"found = {scene.current()}", *compared(literal(form.value), allowed)]
+
+
+def _half_done(scene: Scene, adapters: Sequence[str], sites: Sequence[str]) -> list[str]:
+    marked = ", ".join(f"{text(name)}: {scene.say.merged(name)}" for name in sites)
+    kept = " or ".join(f"name.startswith({text(name + '.')})" for name in sites)
+    return [
+        _clones(scene),
+        "before = bits()",
+        "try:",
+        f"    {scene.say.merge(adapters, True)}",
+        '    raise SystemExit(print("accepted"))',
+        "except ValueError as error:",
+        '    print("refused:", error)',
+        f"changed = [name for name in before if ({kept}) and not torch.equal(before[name], bits()[name])]",
+        f"marked = {{name: list(own) for name, own in {{{marked}}}.items() if own}}",
+        'print("found: written", {name: bits()[name].tolist() for name in changed}, "marked as merged", marked)',
+        'print("expected: nothing written,", {name: before[name].tolist() for name in changed}, "nothing marked")',
+        "raise SystemExit(int(bool(changed or marked)))",
+    ]
+
+
+def atomic(scene: Scene) -> list[str] | None:
+    """Let a merge be refused, and look at the refusing layer."""
+    if scene.poisoned is None:
+        return None
+    return _half_done(scene, (scene.stage.names[scene.poisoned.adapter],), (scene.poisoned.site,))
+
+
+def all_or_nothing(scene: Scene) -> list[str] | None:
+    """Let a merge be refused, and look at the whole model."""
+    return None if scene.poisoned is None else _half_done(scene, scene.stage.names, scene.stage.targeted)
+
+
+def names(scene: Scene) -> list[str] | None:
+    """Let a merge be refused, and read the message."""
+    if scene.poisoned is None:
+        return None
+    name = scene.stage.names[scene.poisoned.adapter]
+    judge = [
+        f'print("found:", error, "expected: the name {name}")',
+        f"raise SystemExit(int({text(name)} not in str(error)))",
+    ]
+    return _attempt(scene.say.merge((name,), True), judge, ['print("accepted")'])
+
+
+def agrees(scene: Scene) -> list[str]:
+    """Merge and unmerge unsafely, put the tensor back, and do it safely."""
+    stage = scene.stage
+    allowed = torch.stack(
+        [2 * stage.merged(scene.site)[scene.tensor].bound, 2 * stage.roundtrip(scene.site)[scene.tensor]]
+    )
+    lines = [f"start, results = {scene.current()}, []", "for safe in (False, True):"]
+    each = [
+        scene.say.merge(stage.names, False).replace("False", "safe"),
+        f"merged = {scene.current()}",
+        scene.say.unmerge,
+        f"results.append(torch.stack([merged, {scene.current()}]))",
+        f"{scene.say.base(scene.site, scene.tensor)}.data.copy_(start)",
+    ]
+    return [*lines, *indented(each), "expected, found = results", *compared(None, allowed)]
+
+
+def refused_merge(scene: Scene) -> list[str]:
+    """Merge where the library does not."""
+    name = scene.stage.names[:1]
+    crash = scene.measured.symptom.removeprefix("crash: ").split(" ")[0]
+    crashed = scene.measured.symptom.startswith("crash: ")
+    wrong = f"type(error).__name__ == {text(crash)}" if crashed else "False"
+    each = [
+        "try:",
+        "    " + scene.say.merge(name, False).replace("False", "safe"),
+        '    print("found: accepted")',
+        "    wrong = True",
+        "except Exception as error:",
+        '    print("found:", type(error).__name__, error)',
+        f"    wrong = wrong or {wrong}",
+        "wrong = wrong or any(not torch.equal(before[name], tensor) for name, tensor in bits().items())",
+        f"wrong = wrong or bool({scene.say.merged(scene.stage.targeted[0])})",
+    ]
+    head = [_clones(scene), "before, wrong = bits(), False", "for safe in (False, True):"]
+    return [
+        *head,
+        *indented(each),
+        'print("expected: a clear refusal, nothing written")',
+        "raise SystemExit(int(wrong))",
+    ]

@@ -156,10 +156,13 @@ def shrunk(session: Session, defect: DefectRecord, budget: int) -> tuple[DefectR
     try:
         small = shrink.shrink(implementation, case, law, defect.fingerprint, engine.check, min(200, budget))
         script = repro.script(implementation, small.case, law)
+    except Exception as error:  # the defect stays as red as it was: only its convenience is lost, and that is said
+        return replace(defect, steps=(f"could not be shrunk: {type(error).__name__}: {error}",)), 0
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
-    return replace(defect, token=encode(small.case, name), words=small.case.words(), steps=small.steps, script=script), small.checks
+    token = encode(small.case, name)
+    return replace(defect, token=token, words=small.case.words(), steps=small.steps, script=script), small.checks
 
 
 def with_shrunk(session: Session, run: Record) -> Record:

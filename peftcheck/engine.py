@@ -16,9 +16,10 @@ import torch
 
 from peftcheck import refusal, values
 from peftcheck.case import Case
-from peftcheck.errors import HarnessError
+from peftcheck.errors import HarnessError, UsageError
 from peftcheck.implementation import Claim, Implementation, Op
 from peftcheck.law import Law
+from peftcheck.laws.refuse import attach_refused
 from peftcheck.measurement import Measurement, worst
 from peftcheck.memento import Memento, Unrestorable
 from peftcheck.outcome import ERROR, PASS, SKIP, VIOLATION, Outcome, crash_fingerprint, fingerprint
@@ -60,8 +61,25 @@ def check(implementation: Implementation, case: Case, laws: Sequence[Law], watch
     `watch(case, law)` surrounds everything that the library does, for watchdogs and journals. Raises HarnessError
     when the harness itself is at fault; whatever the library raises becomes an outcome.
     """
+    variant = implementation.variants().get(case.sweep.variant)
+    if variant is None:
+        raise UsageError(f"{implementation.name} has no variant '{case.sweep.variant}': see peftcheck list variants")
     with pinned():
+        if case.sweep.layer not in variant.layers:
+            return [_refused(implementation, case, law, watch) for law in laws]
         return Scene(implementation, case, watch).run(laws)
+
+
+def _refused(implementation: Implementation, case: Case, law: Law, watch: Watch) -> Outcome:
+    """Judge a layer that the variant does not accept: the one law that speaks of it is `refuse.attach`."""
+    if law.name != "refuse.attach":
+        return Outcome(law.name, SKIP)
+    with watch(case, "attach"):
+        measurement = attach_refused(implementation, case)
+    if measurement.holds:
+        return Outcome(law.name, PASS, measurement, exempt=True)
+    name = fingerprint(law.name, case.sweep.variant, measurement)
+    return Outcome(law.name, VIOLATION, measurement, 0.0, True, name, words(measurement))
 
 
 class Scene:

@@ -119,6 +119,7 @@ class Variant:
     bias: bool | None = None  # True: drawn with bias only; False: without only; None: both
     dtypes: frozenset[str] = frozenset({"float64", "float32", "bfloat16", "float16"})
     rewrites_base: bool = False
+    unasked: frozenset[str] = frozenset()  # layer kinds that the library accepts and no closed form covers yet
     most_adapters: int = 3
     combinations: Mapping[str, Promise] = field(default_factory=lambda: MappingProxyType({}))
     source: str = ""
@@ -172,8 +173,19 @@ class Attached(Protocol):
 
 
 @runtime_checkable
+class Combines(Protocol):
+    """What an `Attached` has besides where its library combines adapters."""
+
+    def adapters(self) -> tuple[str, ...]:
+        """Return the names of all adapters, as the library's bookkeeping has them."""
+
+    def described(self, site: str, adapter: str) -> AdapterSpec:
+        """Return the options that an adapter declares on a layer: rank, alpha and what else decides its scale."""
+
+
+@runtime_checkable
 class Implementation(Protocol):
-    """A library under test.
+    """A library under test. It may also spell its operations for standalone scripts: see `spelling.Speller`.
 
     `folders` are where the library's own source lies (to tell its errors from the harness's); `ledger` is the
     file of its known issues, or None.

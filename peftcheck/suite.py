@@ -15,8 +15,7 @@ from peftcheck.implementation import Claim, Implementation, Op, Variant
 from peftcheck.law import Law
 from peftcheck.measurement import Measurement
 from peftcheck.oracle import FORMULAS
-from peftcheck.laws.refuse import attach_refused
-from peftcheck.outcome import ERROR, SKIP, VIOLATION, Outcome, fingerprint
+from peftcheck.outcome import ERROR, SKIP, Outcome
 from peftcheck.rounding import DTYPES
 
 _PROBES = 40  # cases drawn, not built, to learn what the library claims on a sweep
@@ -252,22 +251,21 @@ class Walk:
             raise HarnessError(f"canary: {law.name} on {self.sweep} measured {before.measurement}, then {after.measurement}")
 
     def _refusal(self, name: str) -> CellResult:
+        """Return the result of attaching to a layer that the variant does not accept."""
         cell = Cell(name, self.sweep)
+        if self.sweep.layer in self.variant.unasked:
+            return CellResult(cell, "absent", message="the library accepts this layer; no closed form here covers it yet")
         case = generator.draw(self.variant, self.sweep, self.seed, 0, False)
-        token = encode(case, name)
-        if any(where == encode(case, "") for where, _ in self.crashed):
-            failure = Failure(f"crash|{self.sweep.variant}|interpreter", ERROR, token, case.words(), "the interpreter died", None, case, Outcome(name, ERROR))
-            return CellResult(cell, "ran", 1, failures=(failure,))
         started = time.perf_counter()
-        with engine.pinned(), self.watch(case, "attach"):
-            measurement = attach_refused(self.implementation, case)
-        seconds = time.perf_counter() - started
-        if measurement.holds:
-            return CellResult(cell, "unsupported", 1, 0.0, None, seconds, token, case.words())
-        text = engine.words(measurement)
-        outcome = Outcome(name, VIOLATION, measurement, 0.0, True, fingerprint(name, self.sweep.variant, measurement), text)
-        failure = Failure(outcome.fingerprint, VIOLATION, token, case.words(), text, measurement.ratio, case, outcome)
-        return CellResult(cell, "ran", 1, measurement.ratio, None, seconds, token, case.words(), (failure,))
+        (outcome,) = self._check(case, [self.laws[name]])
+        seconds, token, m = time.perf_counter() - started, encode(case, name), outcome.measurement
+        ratio = m.ratio if m else None
+        if not outcome.failed:
+            return CellResult(cell, "unsupported", 1, ratio, None, seconds, token, case.words())
+        failure = Failure(
+            outcome.fingerprint or "", outcome.status, token, case.words(), outcome.message, ratio, case, outcome
+        )
+        return CellResult(cell, "ran", 1, ratio, None, seconds, token, case.words(), (failure,))
 
 
 def _weakest(variant: Variant, case: Case, law: Law) -> Claim:

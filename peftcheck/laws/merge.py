@@ -84,7 +84,7 @@ def delta(stage: Stage) -> Measurement | None:
         merged = stage.merged(name, (0,))["weight"]
         actual = tensors[f"{name}.weight"].double() - stage.start[f"{name}.weight"].double()
         # the fp64 subtraction here rounds too, which only an fp64 base can feel
-        own = 2.0**-53 * actual.abs() if form.error is not None else 0.0
+        own = 2.0**-53 * actual.abs() if merged.error is not None else 0.0
         found.append(compare(f"{name}:delta", change, actual, form.bound + merged.bound + own))
     return worst(found) if found else None
 

@@ -6,17 +6,21 @@ from peftcheck.oracle import (
     adaptive,
     banks,
     biases,
+    gated,
     householder,
     lowrank,
     normalized,
+    pairwise,
     products,
     projections,
     random_bases,
     replaced,
     rotation,
     scaling,
+    shards,
     sparse,
     spectral,
+    subspace,
 )
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine
 
@@ -35,6 +39,10 @@ _MODULES = (
     sparse,
     replaced,
     spectral,
+    pairwise,
+    gated,
+    shards,
+    subspace,
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}
 

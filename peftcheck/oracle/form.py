@@ -20,6 +20,7 @@ class Family(Enum):
     NORMALIZED = "normalized"
     SCALING = "scaling"
     ROTATION = "rotation"
+    SHARDS = "shards"
     STORED = "stored"
     SNAPSHOT = "snapshot"
     OPAQUE = "opaque"

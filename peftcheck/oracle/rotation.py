@@ -17,7 +17,7 @@ from peftcheck.rounding_linalg import block_diagonal, cayley, invert, working
 
 
 def skew(entries: Bounded) -> Bounded:
-    """Return the skew-symmetric blocks (r, b, b) whose upper triangles, row by row, are `entries` (r, b (b - 1) / 2)."""
+    """Return skew-symmetric blocks (r, b, b), whose upper triangles, row by row, are `entries` (r, b (b - 1) / 2)."""
     b = (1 + math.isqrt(1 + 8 * entries.value.shape[1])) // 2
     rows, columns = torch.triu_indices(b, b, 1)
 
@@ -46,7 +46,7 @@ def neumann(ar: Arithmetic, q: Bounded, terms: int) -> Bounded:
     return total
 
 
-def _constrained(ar: Arithmetic, q: Bounded, radius: float) -> Bounded:
+def constrained(ar: Arithmetic, q: Bounded, radius: float) -> Bounded:
     """Return Q scaled down to Frobenius norm `radius` where it exceeds that; continuous where it does not."""
     norm = ar.norm(q, (-2, -1))
     outside = norm.ceiling() >= radius
@@ -65,7 +65,7 @@ def oft_blocks(ar: Arithmetic, site: Site) -> Bounded:
     q = skew(entries)
     if adapter.option("coft") and q.value.numel():
         radius = adapter.option("eps") / math.sqrt(entries.value.shape[0])
-        q = _constrained(ar, _constrained(ar, q, radius), radius)
+        q = constrained(ar, constrained(ar, q, radius), radius)
     if adapter.option("neumann"):
         return neumann(ar, q, adapter.option("terms"))
     return cayley(ar, q)

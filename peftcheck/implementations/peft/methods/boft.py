@@ -8,8 +8,8 @@ from math import gcd
 from peft import BOFTConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
-from peftcheck.implementation import Variant
-from peftcheck.implementations.peft.method import Method, no_delta
+from peftcheck.implementation import Claim, Op, Variant
+from peftcheck.implementations.peft.method import Method
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> BOFTConfig:
@@ -20,6 +20,11 @@ def _config(adapter: AdapterSpec, targets: list[str]) -> BOFTConfig:
         boft_n_butterfly_factor=adapter.option("factors"),
         target_modules=targets,
     )
+
+
+def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
+    """OFT, BOFT and HRA report no additive delta, combine no adapters, have no scale and mix no batches."""
+    return Claim.ABSENT if op in (Op.DELTA, Op.COMBINE, Op.RESCALE, Op.MIXED_BATCH) else Claim.YES
 
 
 def _width(layer: LayerSpec) -> int:
@@ -66,7 +71,7 @@ def _method(name: str, layers: tuple[str, ...], admit) -> Method:
         options={"given": ("size", "count"), "factors": (1, 1, 2)},
         fit=fit,
         admit=admit,
-        claim=no_delta,
+        claim=claim,
     )
     return Method(variant, _config, {"boft_R": "R", "boft_s": "s"})
 

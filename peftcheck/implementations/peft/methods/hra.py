@@ -8,8 +8,8 @@ from peft import HRAConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Variant
-from peftcheck.implementations.peft.method import Method, no_delta
-from peftcheck.implementations.peft.methods.boft import plain, ungrouped
+from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.methods.boft import claim, plain, ungrouped
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> HRAConfig:
@@ -30,7 +30,7 @@ def _method(name: str, gram_schmidt: bool, layers=("linear", "conv2d"), admit=pl
         options={"gram_schmidt": (gram_schmidt,)},
         fit=independent,
         admit=admit,
-        claim=no_delta,
+        claim=claim,
     )
     return Method(variant, _config, {"hra_u": "u"})
 

@@ -8,8 +8,8 @@ from peft import OFTConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Variant
-from peftcheck.implementations.peft.method import Method, no_delta
-from peftcheck.implementations.peft.methods.boft import plain
+from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.methods.boft import claim, plain
 
 ROLES = {"oft_R.weight": "R", "oft_embedding_R.weight": "R"}
 
@@ -41,7 +41,7 @@ def _method(name: str, layers=("linear", "conv2d", "embedding", "embedding.scale
         frozenset(layers),
         options=choices,
         admit=admit,
-        claim=no_delta,
+        claim=claim,
         # the series truncated after Q^4 is singular at a unit entry, outside its radius of convergence
         avoids=frozenset({"onehot"}) if True in options["neumann"] else frozenset(),
     )

@@ -1,0 +1,181 @@
+"""What went wrong with a combination, and what its user can do: measured on the library, after a violation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peftcheck import combination as combining
+from peftcheck import refusal
+from peftcheck.combination import Change, Combination
+from peftcheck.implementation import Promise
+from peftcheck.measurement import Measurement
+from peftcheck.oracle.combination import cross_share
+from peftcheck.oracle.form import machine
+from peftcheck.stage import Stage
+
+
+def explained(stage: Stage, asked: Combination, layer: str, found: Change, violation: Measurement) -> Measurement:
+    """Return a violated comparison with sum w_i D_i, its symptom named after the cause, its note saying what to do."""
+    if violation.symptom != "numeric":
+        return violation
+    due = {name: form.value for name, form in combining.total(stage, asked, layer, combining.plain_machine(stage)).items()}
+    name = violation.role.partition(":")[2]
+    value = found[name].value if name in found else torch.zeros_like(due[name])
+    for symptom, note in _causes(stage, asked, layer, name, value, due[name]):
+        text = "; ".join(part for part in (note, repair(stage, asked), violation.note) if part)
+        return replace(violation, symptom=symptom, note=text)
+    return violation
+
+
+def _causes(stage: Stage, asked: Combination, layer: str, name: str, found: Tensor, due: Tensor):
+    kept, made = stage.machine.adapter.store.dtype, _stored_in(stage, asked, layer)
+    if made is not None and torch.finfo(made).eps > torch.finfo(kept).eps:
+        short = str(made).removeprefix("torch."), str(kept).removeprefix("torch.")
+        yield "dtype", f"the combined adapter is stored in {short[0]}, its sources in {short[1]}"
+    if _single_precision(stage, asked, layer, name, found, due):
+        yield "single precision", "right to float32 only, where the adapters are float64"
+    if stage.formula.delta is None:
+        lost = identity_lost(stage, layer, name, found, due)
+        if lost is not None:
+            yield "identity lost", lost
+        return
+    share = excess(found, due)
+    if len(asked.members) > 1 and all(_right_alone(stage, asked, i) for i in range(len(asked.members))):
+        exact = cross_energy(stage, asked, layer, found) if asked.kind.rank == "common" and name == "weight" else None
+        if exact is not None:
+            yield "cross terms", f"{exact:.0%} of the combined delta lies in B_i A_j with i != j, which nobody asked for"
+        elif asked.kind.rank == "common":
+            yield "cross terms", f"each adapter alone is right; {share} of the combined delta was not asked for"
+        elif stage.spec(layer).groups > 1:
+            yield "groups", f"each adapter alone is right; stacked, rows of A stand in other groups than columns of B; {share} of the combined delta was not asked for"
+        else:
+            yield "numeric", f"each adapter alone is right; {share} of the combined delta was not asked for"
+    yield alone(found, due)
+
+
+def _stored_in(stage: Stage, asked: Combination, layer: str) -> torch.dtype | None:
+    """Return the narrowest dtype that the combined adapter's tensors are stored in."""
+    names = [name for name in stage.attached.adapters() if name not in stage.names]
+    stored = [t.dtype for name in names for (site, _), t in stage.attached.adapter_tensors(name).items() if site == layer]
+    return max(stored, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+
+
+def excess(found: Tensor, due: Tensor) -> str:
+    """Return the energy of found - due as a share of the energy of found, in words."""
+    size = float(torch.linalg.vector_norm(found))
+    wrong = float(torch.linalg.vector_norm(found - due))
+    return f"{min((wrong / size) ** 2, 9.99):.0%}" if size else "nothing"
+
+
+def alone(found: Tensor, due: Tensor) -> tuple[str, str]:
+    """Name the error of what ought to be `due` where no other adapter can have a part in it."""
+    energy = float((due * due).sum())
+    if not bool(found.any()):
+        return "lost", "the combined adapter changes nothing"
+    factor = float((found * due).sum()) / energy if energy else 0.0
+    apart = float(torch.linalg.vector_norm(found - factor * due))
+    if energy and apart <= 2.0**-6 * float(torch.linalg.vector_norm(found)):
+        if factor < 0:
+            return "sign", f"the combined delta is {factor:.4g} times what was asked for"
+        return "scaled", f"the combined delta is {factor:.4g} times what was asked for"
+    return "numeric", f"{excess(found, due)} of the combined delta was not asked for"
+
+
+def _single_precision(stage: Stage, asked: Combination, layer: str, name: str, found: Tensor, due: Tensor) -> bool:
+    if stage.machine.adapter.store.dtype != torch.float64:
+        return False
+    return bool(((found - due).abs() <= bound_in_single(stage, asked, layer)[name]).all())
+
+
+def bound_in_single(stage: Stage, asked: Combination, layer: str) -> dict[str, Tensor]:
+    """Return the exact budget as it would be if the weights were float32."""
+    kept = stage.machine
+    stage.machine = machine(kept.base.store.dtype, torch.float32, False)
+    try:
+        return combining.exact_bound(stage, asked, layer)
+    finally:
+        stage.machine = kept
+
+
+def identity_lost(stage: Stage, layer: str, name: str, found: Tensor, due: Tensor) -> str | None:
+    """Return what to say where found - due is a multiple of the base: the vectors were added, not the changes."""
+    base, wrong = stage.base(layer)[name].value, found - due
+    energy = float((base * base).sum())
+    factor = float((wrong * base).sum()) / energy if energy else 0.0
+    if not energy or float(torch.linalg.vector_norm(wrong - factor * base)) > 2.0**-6 * float(torch.linalg.vector_norm(wrong)):
+        return None
+    return (
+        f"the scales were added, not what they change: adapters that do nothing would leave {1 + factor:.4g} W here; "
+        "right only where the weights of the adapters on a layer sum to 1"
+    )
+
+
+def _right_alone(stage: Stage, asked: Combination, position: int) -> bool:
+    """Return whether the library gets one member right by itself."""
+    single = asked.but(members=(asked.members[position],), weights=(asked.weights[position],))
+    error = _error(stage, single)
+    return error is not None and error <= _tolerable(stage)
+
+
+def _tolerable(stage: Stage) -> float:
+    """Return a relative error far above rounding and far below a wrong sign or scale: for a diagnosis only."""
+    return max(2.0**-10, 64 * stage.machine.adapter.store.u)
+
+
+def _error(stage: Stage, asked: Combination) -> float | None:
+    """Return the largest relative error over the layers of a combination, made anew; None where it fails."""
+    stage.put_back()
+    try:
+        name = combining.combine(stage, asked)
+        worst = 0.0
+        for layer in combining.layers(stage, asked):
+            site = combining.combined(stage, name, layer)
+            due = combining.total(stage, asked, layer, combining.plain_machine(stage))
+            found = combining.change(stage, combining.plain_machine(stage), site) if site else {}
+            for tensor, form in due.items():
+                size = float(torch.linalg.vector_norm(form.value))
+                value = found[tensor].value if tensor in found else torch.zeros_like(form.value)
+                off = float(torch.linalg.vector_norm(value - form.value))
+                worst = max(worst, off / size if size else (0.0 if off == 0 else float("inf")))
+        return worst
+    except Exception as error:
+        if not (refusal.is_library(error, stage.implementation) or isinstance(error, RuntimeError)):
+            raise
+        return None
+
+
+def cross_energy(stage: Stage, asked: Combination, layer: str, found: Tensor) -> float | None:
+    """Return the share of the combined delta's energy in products of unlike factors, where it is determined."""
+    sites, _ = combining.sources(stage, asked, layer)
+    if len(set(asked.members)) < len(asked.members) or any(not {"A", "B"} <= site.tensors.keys() for site in sites):
+        return None
+    m, whole = combining.plain_machine(stage), [combining.ungrouped(site) for site in sites]
+    pairs = [
+        [
+            combining.change(stage, m, replace(left, tensors={"A": right.tensors["A"], "B": left.tensors["B"]}))["weight"].value
+            for right in whole
+        ]
+        for left in whole
+        if len({site.tensors["A"].value.shape[0] for site in whole}) == 1
+    ]
+    return cross_share(pairs, found) if pairs else None
+
+
+def repair(stage: Stage, asked: Combination) -> str:
+    """Return which kind gives the sum within rounding, and what it costs in rank, measured on this case."""
+    if stage.formula.delta is None:
+        return ""
+    ranks = sum(stage.case.adapters[index].rank for index in asked.members)
+    tried = [asked.of("cat", density=None), asked.of("svd", density=None, svd_rank=ranks, svd_clamp=None)]
+    found = []
+    for candidate in tried:
+        if candidate.name == asked.name or combining.promise(stage, candidate) in (None, Promise.UNSPECIFIED):
+            continue
+        error = _error(stage, candidate.having(svd_rank=ranks if candidate.name == "svd" else None))
+        if error is not None and error <= _tolerable(stage):
+            found.append(f"'{candidate.name}' gives it at rank {ranks} instead of {combining.rank_of(stage, asked)} (relative error {error:.2g})")
+    return "repair: " + ", ".join(found) if found else "no kind of this library gives the sum here"
+

@@ -1,0 +1,121 @@
+"""From a sweep, a combination kind, a seed and an index to a case: adapters to combine, weights, options."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+
+from peftcheck import generator
+from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep
+from peftcheck.combination import REQUESTS
+from peftcheck.implementation import Variant
+from peftcheck.oracle.combination import KINDS, Kind
+
+_NAMES = (
+    ("default", "other", "third", "fourth", "fifth"),
+    ("a", "ab", "abc", "b", "ba"),
+    ("combined_1", "combined_10", "combine", "combined_", "c"),
+    ("lora_", "lora", "adapter", "lora_A", "part_"),
+    ("x-1", "x-10", "x", "y", "x-2"),
+)
+_WEIGHTS = (1.0, 1.0, -1.0, 0.5, -0.5, 2.0, 0.0, 0.3, -1.7, 1e-4, 1e3)
+_EXTREMES = (1e-12, -1e-12, 1e6, -1e6)
+_DYADIC = (1.0, 1.0, -1.0, 2.0, -2.0, 0.5, 0.0, 3.0)
+_NAMED = ((-1.0,), (1.0, -1.0), (2.0, -1.0, 0.5))  # a single one negated, a difference, an analogy
+_PROFILES = ("normal", "normal", "normal", "probe", "probe", "parallel", "duplicated", "onehot", "large", "small", "zero")
+
+
+def combination_case(variant: Variant, sweep: Sweep, kind: str, seed: int, index: int, exact: bool = False) -> Case:
+    """Return case `index` of a combination kind on a sweep, in the exact (dyadic) regime if asked for.
+
+    One to five adapters, unlike in rank, alpha, options and targets where the kind allows that; the same adapter
+    may be a member twice; weights negative, zero, tiny and huge; at times another adapter is merged meanwhile.
+    """
+    case = generator.draw(variant, sweep, seed, index, exact)
+    exact = case.profile == "dyadic"
+    rng = random.Random(f"{sweep}|{kind}|{seed}|{index}|{exact}")
+    way = KINDS[kind]
+    adapters = _adapters(rng, variant, case.layers, way, exact)
+    members = list(range(len(adapters)))
+    if rng.random() < 0.15:
+        members.append(rng.choice(members))
+    weights = _weights(rng, len(members), exact)
+    extra = {
+        "kind": kind,
+        "members": tuple(members),
+        "weights": weights,
+        "seed": rng.randrange(2**31),
+        **_options(rng, variant, way, case.layers, adapters, members),
+    }
+    if rng.random() < 0.15 and not any(spec.groups > 1 for spec in case.layers):
+        extra["merged"] = rng.randrange(len(adapters))
+    request = rng.choice((None, None, *REQUESTS))
+    if request is not None:
+        extra["request"] = request
+    avoided = variant.avoids
+    profile = "dyadic" if exact else rng.choice([name for name in _PROFILES if name not in avoided])
+    return replace(case, adapters=adapters, profile=profile, extra=tuple(sorted(extra.items())))
+
+
+def _adapters(rng: random.Random, variant: Variant, layers: Sequence[LayerSpec], way: Kind, exact: bool) -> tuple[AdapterSpec, ...]:
+    count = rng.choice([1, 2, 2, 2, 3, 3, 4, 5]) if variant.most_adapters > 1 else 1
+    names = rng.choice(_NAMES)
+    own = [index for index, spec in enumerate(layers) if spec.tied is None]
+    targets = tuple(sorted(rng.sample(own, rng.randint(1, len(own)))))
+    # kinds that add factors need one rank; unequal ones are drawn at times, to be refused
+    common = rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 8]) if way.rank == "common" and rng.random() < 0.95 else None
+    options = {key: rng.choice(choices) for key, choices in sorted(variant.options.items())}
+    made = []
+    for name in names[:count]:
+        mine = targets if not made or rng.random() < 0.6 else tuple(sorted(rng.sample(own, rng.randint(1, len(own)))))
+        if made and rng.random() < 0.2:
+            options = {key: rng.choice(choices) for key, choices in sorted(variant.options.items())}
+        rank = common or rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 4, 8])
+        alpha = rank * rng.choice([1.0, 2.0, 0.5]) if exact else rng.choice([1.0, 0.5, 8.0, 3.0, float(rank), 2.0 * rank])
+        made.append(AdapterSpec(name, mine, rank, alpha, tuple(sorted(options.items()))))
+    union = tuple(sorted({target for adapter in made for target in adapter.targets}))
+    # what is combined lies on every layer of any: its rank, made of theirs, must suit all of them
+    fitted = [variant.fit(replace(adapter, targets=union), tuple(layers), exact) for adapter in made]
+    return tuple(replace(adapter, targets=own.targets) for adapter, own in zip(fitted, made, strict=True))
+
+
+def _weights(rng: random.Random, count: int, exact: bool) -> tuple[float, ...]:
+    if exact:
+        return tuple(rng.choice(_DYADIC) for _ in range(count))
+    known = [weights for weights in _NAMED if len(weights) == count]
+    if known and rng.random() < 0.3:
+        return known[0]
+    if rng.random() < 0.2:  # a mean
+        return (1.0 / count,) * count
+    pool = _WEIGHTS + (_EXTREMES if rng.random() < 0.15 else ())
+    return tuple(rng.choice(pool) for _ in range(count))
+
+
+def _options(rng: random.Random, variant: Variant, way: Kind, layers, adapters, members) -> dict:
+    options: dict = {}
+    if way.rank == "chosen":
+        targets = {target for adapter in adapters for target in adapter.targets}
+        least = min(min(layers[t].n_out, layers[t].n_in * _area(layers[t])) for t in targets)
+        whole = sum(adapters[m].rank for m in members)
+        wide = rng.random()
+        if wide < 0.9:  # above the smaller side of a layer there is no such rank: drawn at times
+            options["svd_rank"] = max(1, min(least, rng.choice([whole, whole, least, 1, 2, 3, max(a.rank for a in adapters)])))
+        elif wide < 0.95:
+            options["svd_rank"] = whole
+        if "svd_rank" in options:
+            probe = AdapterSpec("combined", tuple(sorted(targets)), options["svd_rank"])
+            options["svd_rank"] = variant.fit(probe, tuple(layers), False).rank
+        options["svd_full_matrices"] = rng.random() < 0.5
+    if way.prunes:
+        options["density"] = rng.choice([1.0, 0.5, 0.5, 0.2, 0.75, 0.9])
+    if way.elects and rng.random() < 0.5:
+        options["majority_sign_method"] = rng.choice(["total", "frequency"])
+    return options
+
+
+def _area(spec: LayerSpec) -> int:
+    area = 1
+    for extent in spec.kernel:
+        area *= extent
+    return area

@@ -1,0 +1,229 @@
+"""Weighted combinations: the sum that was asked for, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from peftcheck import combination as combining
+from peftcheck import combination_diagnosis as diagnosis
+from peftcheck.combination import Combination
+from peftcheck.implementation import Op, Promise
+from peftcheck.laws.combine_relations import agree, asked_of, combining_law, elementwise, normwise, read, values_of
+from peftcheck.measurement import Measurement, worst
+from peftcheck.oracle.combination import crossing
+from peftcheck.stage import Stage
+
+
+def _against_sum(stage: Stage, asked: Combination, name: str, steps: int = 1) -> Measurement:
+    """Compare a combined adapter with sum w_i D_i on every layer: elementwise, or by norm where it came from an SVD."""
+    found = []
+    for layer in combining.layers(stage, asked):
+        got = read(stage, name, layer)
+        due = combining.total(stage, asked, layer, combining.plain_machine(stage))
+        if asked.kind.rank == "chosen" and stage.formula.delta is not None:
+            target = combining.total(stage, asked, layer)
+            limit = {key: steps * combining.truncated_bound(stage, asked, form) for key, form in target.items()}
+            measured = [
+                normwise(f"{layer}:{key}", got[key].value if key in got else torch.zeros_like(due[key].value), due[key].value, room)
+                for key, room in limit.items()
+            ]
+        else:
+            measured = elementwise(layer, got, values_of(due), combining.exact_bound(stage, asked, layer, steps))
+        one = worst(measured)
+        found.append((one, layer, got))
+    one, layer, got = max(found, key=lambda item: _rank(item[0]))
+    return one if one.holds else diagnosis.explained(stage, asked, layer, got, one)
+
+
+def _rank(m: Measurement) -> float:
+    return m.ratio if m.ratio == m.ratio else float("inf")
+
+
+@combining_law(
+    "combine.linear",
+    "abs(D - sum w_i D_i) <= (1+v)^4-like bound of sum abs(w_i) s_i abs(B_i) abs(A_i)",
+    (Op.COMBINE,),
+    "combining A and B apart gives (A1-A2)(B1+B2) for weights [1, -1]: relative error about 1 (PEFT issue 3004)",
+    kinds=lambda kind, promise: promise is Promise.EXACT,
+)
+def linear(stage: Stage) -> Measurement | None:
+    """Combine by a kind that promises the exact sum, and compare every element."""
+    asked = asked_of(stage)
+    if asked is None or combining.promise(stage, asked) is not Promise.EXACT:
+        return None
+    return _against_sum(stage, asked, combining.combine(stage, asked))
+
+
+@combining_law(
+    "combine.cross_term_free",
+    "D = 0 where rows of one adapter's delta meet columns of another's (disjoint supports)",
+    (Op.COMBINE,),
+    "even weights [1, 1] put half of the energy into B_1 A_2 + B_2 A_1",
+    kinds=lambda kind, promise: promise is not Promise.UNSPECIFIED,
+)
+def cross_term_free(stage: Stage) -> Measurement | None:
+    """Combine probes whose true and cross terms lie in disjoint places, and measure what is where nothing may be."""
+    asked = asked_of(stage)
+    if asked is None or stage.case.profile != "probe" or combining.promise(stage, asked) is Promise.UNSPECIFIED:
+        return None
+    places = {}
+    for layer in combining.layers(stage, asked):
+        sites, _ = combining.sources(stage, asked, layer)
+        distinct = {site.adapter.name: combining.change(stage, combining.plain_machine(stage), site) for site in sites}
+        if stage.formula.delta is None or len(distinct) < 2:
+            continue
+        where = crossing([one["weight"].value for one in distinct.values()])
+        target = combining.total(stage, asked, layer)["weight"]
+        if where is None or (asked.kind.rank == "chosen" and not combining.untruncated(stage, asked, target)):
+            continue
+        places[layer] = (where, target)
+    if not places:
+        return None
+    name = combining.combine(stage, asked)
+    found = []
+    for layer, (where, target) in places.items():
+        got = read(stage, name, layer)
+        value = got["weight"].value
+        crossed, size = torch.linalg.vector_norm(value[where]), torch.linalg.vector_norm(value)
+        share = float(crossed / size) ** 2 if size else 0.0
+        if asked.kind.rank == "chosen":
+            one = normwise(f"{layer}:weight", value * where, torch.zeros_like(value), combining.truncated_bound(stage, asked, target))
+        else:
+            bound = combining.exact_bound(stage, asked, layer)["weight"]
+            one = worst(elementwise(layer, {"weight": replace(target, value=value * where, error=None)}, {}, {"weight": bound}))
+        if not one.holds:
+            note = f"{share:.0%} of the combined delta lies in B_a A_b + B_b A_a, which nobody asked for"
+            one = replace(one, symptom="cross terms", note=note)
+        found.append(one)
+    result = worst(found)
+    return result if result.holds else replace(result, note=f"{result.note}; {diagnosis.repair(stage, asked)}")
+
+
+@combining_law(
+    "combine.single",
+    "one adapter at weight w is w D",
+    (Op.COMBINE,),
+    "a single adapter at -1 came out as +1: the sign stood on both factors (PEFT 0.18.1)",
+)
+def single(stage: Stage) -> Measurement | None:
+    """Combine the first adapter alone, nothing pruned."""
+    asked = asked_of(stage)
+    if asked is None:
+        return None
+    one = asked.but(members=asked.members[:1], weights=asked.weights[:1]).dense().having(svd_rank=None, svd_clamp=None)
+    return _exactly(stage, one)
+
+
+@combining_law(
+    "combine.cancel",
+    "an adapter at [w, -w] is zero",
+    (Op.COMBINE,),
+    "(A - A)(B + B) is zero by luck, (A + A)(B - B) is not asked for",
+)
+def cancel(stage: Stage) -> Measurement | None:
+    """Combine the first adapter twice, with opposite weights, nothing pruned."""
+    asked = asked_of(stage)
+    if asked is None:
+        return None
+    first, weight = asked.members[0], asked.weights[0]
+    return _exactly(stage, asked.but(members=(first, first), weights=(weight, -weight)).dense().having(svd_clamp=None))
+
+
+def _exactly(stage: Stage, asked: Combination) -> Measurement | None:
+    if not _meaningful(stage, asked):
+        return None
+    return _against_sum(stage, asked, combining.combine(stage, asked))
+
+
+def _meaningful(stage: Stage, asked: Combination) -> bool:
+    """Return whether a sum of changes is an adapter of the same method: else only an adapter at weight 1 is."""
+    if stage.formula.delta is not None or combining.promise(stage, asked) is not Promise.UNSPECIFIED:
+        return True
+    return asked.weights == (1.0,)
+
+
+@combining_law(
+    "combine.homogeneous",
+    "weights c w give c times the combination, c = 4 or 1/4",
+    (Op.COMBINE,),
+    "a sign or a root taken of one weight only shows where all weights grow",
+)
+def homogeneous(stage: Stage) -> Measurement | None:
+    """Combine with the weights and with four times (or a quarter of) them: roots and scalings are exact then."""
+    asked = asked_of(stage)
+    if asked is None or not _meaningful(stage, asked):
+        return None
+    factor = 4.0 if stage.case.values % 2 else 0.25
+    asked = asked.having(svd_clamp=None)
+    other = asked.but(weights=tuple(factor * weight for weight in asked.weights))
+    if not combining.sound(stage, other):
+        return None
+    return _compared(stage, asked, other, factor)
+
+
+@combining_law(
+    "combine.permutation",
+    "the order of the adapters does not matter",
+    (Op.COMBINE,),
+    "the configuration is copied from the first adapter: its options must not reach the others",
+)
+def permutation(stage: Stage) -> Measurement | None:
+    """Combine in order and in reverse; what drops at random does so at density 1."""
+    asked = asked_of(stage)
+    if asked is None or len(asked.members) < 2 or not _meaningful(stage, asked):
+        return None
+    asked = (asked.dense() if asked.kind.prunes == "random" else asked).having(svd_clamp=None)
+    return _compared(stage, asked, asked.but(members=asked.members[::-1], weights=asked.weights[::-1]), 1.0)
+
+
+def _compared(stage: Stage, asked: Combination, other: Combination, factor: float) -> Measurement:
+    """Combine twice from the same start and compare the second with `factor` times the first."""
+    first = _changes(stage, asked)
+    stage.put_back()
+    second = _changes(stage, other)
+    found = []
+    for layer, change in first.items():
+        for one in agree(stage, asked, layer, second[layer], change, factor):
+            if not one.holds and stage.formula.delta is None:
+                tensor = one.role.partition(":")[2]
+                lost = diagnosis.identity_lost(stage, layer, tensor, second[layer][tensor].value, factor * change[tensor].value)
+                one = replace(one, symptom="identity lost", note=lost) if lost else one
+            elif not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1:
+                one = replace(one, symptom="groups")
+            found.append(one)
+    return worst(found)
+
+
+def _changes(stage: Stage, asked: Combination) -> dict[str, combining.Change]:
+    name = combining.combine(stage, asked)
+    found = {}
+    for layer in combining.layers(stage, asked):
+        found[layer] = read(stage, name, layer)
+    return found
+
+
+@combining_law(
+    "combine.additive",
+    "combining a combination with another adapter is combining all of them",
+    (Op.COMBINE,),
+    "adapters are combined step by step; what the first step stores must mean what it was",
+    kinds=lambda kind, promise: promise is not Promise.UNSPECIFIED,
+)
+def additive(stage: Stage) -> Measurement | None:
+    """Combine all but the last adapter, then that combination with the last."""
+    asked = asked_of(stage)
+    if asked is None or len(asked.members) < 2 or combining.promise(stage, asked) is Promise.UNSPECIFIED:
+        return None
+    asked = asked.having(svd_clamp=None)
+    part = asked.but(members=asked.members[:-1], weights=asked.weights[:-1])
+    if asked.kind.rank == "chosen":
+        for step in (part, asked):
+            targets = [combining.total(stage, step, layer)["weight"] for layer in combining.layers(stage, step)]
+            if not all(combining.untruncated(stage, step, target) for target in targets):
+                return None
+    first = combining.combine(stage, part, "part")
+    last = stage.names[asked.members[-1]]
+    name = combining.combine(stage, asked.but(members=(0, 0), weights=(1.0, asked.weights[-1])), "whole", (first, last))
+    return _against_sum(stage, asked, name, 2)

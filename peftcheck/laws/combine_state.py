@@ -1,0 +1,369 @@
+"""What a combination leaves alone, what it leaves behind, and what can be done with it."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from peftcheck import combination as combining
+from peftcheck import refusal
+from peftcheck.combination import INTO, Combination
+from peftcheck.implementation import Op, Promise
+from peftcheck.laws.combine_relations import asked_of, combining_law, elementwise, misfit, read, values_of
+from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
+from peftcheck.oracle.form import Site, machine
+from peftcheck.rounding import judged
+from peftcheck.stage import Stage
+
+
+@combining_law(
+    "combine.sources_untouched",
+    "tensors, gradients' flags and outputs of the source adapters are bit-equal after combining",
+    (Op.COMBINE,),
+    "a combination that scales a factor in place spoils the adapter that it came from",
+    structural=True,
+)
+def sources_untouched(stage: Stage) -> Measurement | None:
+    """Combine, and compare every adapter that was there before with its clone."""
+    asked = asked_of(stage)
+    if asked is None:
+        return None
+    before = {name: stage.attached.trainable(name) for name in stage.names}
+    plain = stage.case.setting("merged") is None and stage.can(Op.FORWARD)
+    outputs = _outputs(stage) if plain else None
+    plain = outputs is not None
+    combining.combine(stage, asked)
+    found = []
+    for name in stage.names:
+        now = stage.attached.adapter_tensors(name)
+        for key, start in stage.start_adapters[name].items():
+            label = f"{key[0]}:{key[1]} of the source"
+            if key not in now:
+                return broken(label, "lost", f"{label} is gone after combining")
+            found.append(identical(label, now[key], start))
+        if stage.attached.trainable(name) != before[name]:
+            found.append(broken("model:source", "requires_grad", f"combining changed what is trained of '{name}'"))
+    if plain:
+        now = _outputs(stage)
+        if now is None:
+            return broken("model:output", "crash", "the model cannot run after combining")
+        found += [identical(f"{s.name}:output", y, was) for s, y, was in zip(stage.case.layers, now, outputs, strict=True)]
+    return worst(found)
+
+
+def _outputs(stage: Stage) -> tuple[torch.Tensor, ...] | None:
+    """Return the model's outputs, or None where the library cannot run it: that is the matter of other laws."""
+    try:
+        with torch.no_grad():
+            outputs = stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
+    except Exception as error:
+        if not refusal.is_library(error, stage.implementation):
+            raise
+        return None
+    return tuple(output.clone() for output in outputs)
+
+
+@combining_law(
+    "combine.base_untouched",
+    "the base is bit-equal after combining, merged or not",
+    (Op.COMBINE,),
+    "the combined adapter is initialised like the first one: an initialisation that takes its part from the base writes there",
+    structural=True,
+)
+def base_untouched(stage: Stage) -> Measurement | None:
+    """Combine, also while another adapter is merged, and compare every base tensor with its clone."""
+    asked = asked_of(stage)
+    if asked is None:
+        return None
+    merged = stage.case.setting("merged")
+    if merged is not None:
+        stage.attached.merge((stage.names[merged],))
+    before = {key: tensor.detach().clone() for key, tensor in stage.attached.base_tensors().items()}
+    merged_before = stage.attached.merged()
+    combining.combine(stage, asked)
+    kept = {name: adapters for name, adapters in stage.attached.merged().items() if name in merged_before}
+    if kept != merged_before:
+        return broken("model:base", "unmerged", "the adapter that was merged into the base is merged no longer")
+    now = stage.attached.base_tensors()
+    return worst([identical(key, now[key], tensor) for key, tensor in before.items()])
+
+
+@combining_law(
+    "combine.rank",
+    "the combined adapter has the rank that was asked for, on every layer that a source adapts",
+    (Op.COMBINE,),
+    "the one property that library tests assert; a declared rank that the tensors do not have cannot be reloaded",
+    structural=True,
+)
+def rank(stage: Stage) -> Measurement | None:
+    """Compare declared rank, factors and layers with what was asked for."""
+    asked = asked_of(stage)
+    if asked is None:
+        return None
+    name = combining.combine(stage, asked)
+    wanted = set(combining.layers(stage, asked))
+    sites = set(stage.attached.sites(name))
+    if sites != wanted:
+        return broken("model:layers", "layers", f"combined on {sorted(sites)}, asked on {sorted(wanted)}")
+    alone = " of one adapter" if len(asked.members) == 1 else ""
+    for layer in sorted(wanted):
+        declared = stage.attached.described(layer, name).rank
+        due = _fitting(stage, asked, layer, declared)
+        if declared != due:
+            return broken("model:rank", f"rank{alone}", f"rank {declared} where {due} was asked for")
+        site = combining.combined(stage, name, layer)
+        if site is None or not {"A", "B"} <= site.tensors.keys():
+            continue
+        wrong, rows = misfit(stage, site), site.tensors["A"].value.shape[0]
+        if wrong is None and rows != declared:
+            wrong = f"the factors have rank {rows}"
+        if wrong is not None:
+            return broken(f"{layer}:rank", "shape", f"{wrong}, declared is rank {declared}")
+    return NOTHING
+
+
+def _fitting(stage: Stage, asked: Combination, layer: str, declared: int) -> int:
+    """Return the declared rank if it is one that was asked for, else the one that was.
+
+    Stacked factors may be as many as there are members on the layer, or as all members (zeros in between); of a
+    small layer no more singular values need be kept than it has. Kinds that add factors leave the rank to the library.
+    """
+    due = combining.rank_of(stage, asked)
+    if asked.kind.rank == "common":
+        return declared
+    if asked.kind.rank == "sum":
+        here = sum(site.adapter.rank for site in combining.sources(stage, asked, layer)[0])
+        return declared if declared == here else due
+    weight = combining.total(stage, asked, layer)["weight"].value if stage.formula.delta is not None else None
+    sides = due if weight is None else min(weight.shape[0], weight[0].numel())
+    return declared if declared == min(due, sides) else due
+
+
+@combining_law(
+    "combine.reload",
+    "saved and loaded, the combined adapter adds the same delta bit for bit",
+    (Op.COMBINE, Op.SAVE, Op.LOAD),
+    "the configuration that is saved must describe the tensors that are: rank, scale, options, dtype",
+)
+def reload(stage: Stage) -> Measurement | None:
+    """Combine, save, load under another name, and compare what both add."""
+    asked = asked_of(stage)
+    if asked is None:
+        return None
+    name = combining.combine(stage, asked)
+    for layer in combining.layers(stage, asked):
+        read(stage, name, layer)
+    with tempfile.TemporaryDirectory() as folder:
+        stage.attached.save(Path(folder), (name,))
+        stored = Path(folder) / name
+        stage.attached.load(stored if stored.is_dir() else Path(folder), "reloaded")
+    found, spoiled = [], []
+    for layer in combining.layers(stage, asked):
+        one, other = _own(stage, name, layer), _own(stage, "reloaded", layer)
+        if one.keys() != other.keys():
+            found.append(broken(f"{layer}:weight", "lost", f"saved {sorted(one)}, loaded {sorted(other)}"))
+            continue
+        measured = worst([compare(f"{layer}:{role}", other[role], t, torch.zeros((), dtype=torch.float64)) for role, t in one.items()])
+        kinds = [_dtypes(tensors) for tensors in (one, other)]
+        if not measured.holds and kinds[0] != kinds[1]:
+            measured = replace(measured, role=f"{layer}:weight", symptom="dtype", note=f"combined in {kinds[0]}, loaded in {kinds[1]}")
+        elif not measured.holds and measured.symptom == "numeric":
+            spoiled.append(measured)
+            continue
+        found.append(measured)
+    if spoiled and _survives_alone(stage, name):
+        note = "saved without the other adapters in the model it comes back whole"
+        spoiled = [replace(m, role=f"{m.role.partition(':')[0]}:weight", symptom="not saved", note=note) for m in spoiled]
+    return worst([*found, *spoiled])
+
+
+def _own(stage: Stage, adapter: str, layer: str) -> dict[str, torch.Tensor]:
+    return {role: t for (site, role), t in stage.attached.adapter_tensors(adapter).items() if site == layer}
+
+
+def _survives_alone(stage: Stage, name: str) -> bool:
+    """Return whether the combined adapter comes back from a file as it was once the others are deleted."""
+    if not stage.can(Op.DELETE):
+        return False
+    for other in (*stage.names, "reloaded"):
+        stage.attached.delete(other)
+    with tempfile.TemporaryDirectory() as folder:
+        stage.attached.save(Path(folder), (name,))
+        stored = Path(folder) / name
+        stage.attached.load(stored if stored.is_dir() else Path(folder), "again")
+    one, other = stage.attached.adapter_tensors(name), stage.attached.adapter_tensors("again")
+    return one.keys() == other.keys() and all(torch.equal(t.double(), other[key].double()) for key, t in one.items())
+
+
+def _dtypes(tensors: dict[str, torch.Tensor]) -> str:
+    return ", ".join(sorted({str(t.dtype).removeprefix("torch.") for t in tensors.values()}))
+
+
+@combining_law(
+    "combine.merge",
+    "merging the combined adapter gives base + its delta",
+    (Op.COMBINE, Op.MERGE),
+    "what is combined is meant to be merged: scale and orientation must survive",
+)
+def merge(stage: Stage) -> Measurement | None:
+    """Combine, activate the result alone, merge it, and compare with the closed form of its own tensors."""
+    asked = asked_of(stage)
+    if asked is None or stage.case.setting("merged") is not None:
+        return None
+    name = combining.combine(stage, asked)
+    stage.attached.activate((name,))
+    forms = {}
+    for layer in combining.layers(stage, asked):
+        read(stage, name, layer)
+        site = combining.combined(stage, name, layer)
+        forms[layer] = _merged(stage, name, site)
+    if not all(stage.sound(*forms_.values()) for forms_ in forms.values()):
+        return None
+    stage.attached.merge((name,), safe=stage.case.safe)
+    tensors = stage.attached.base_values()
+    return worst([
+        compare(f"{layer}:{key}", tensors[f"{layer}.{key}"], form.value, judged(form, machine=stage.machine.base.store))
+        for layer, layer_forms in forms.items()
+        for key, form in layer_forms.items()
+    ])  # fmt: skip
+
+
+def _merged(stage: Stage, name: str, site: Site):
+    """Return the closed form of the merge, in the dtype that the combined adapter is stored in."""
+    stored = next(t.dtype for (layer, _), t in stage.attached.adapter_tensors(name).items() if layer == site.spec.name)
+    m = machine(stage.machine.base.store.dtype, stored, stage.machine.exact)
+    return stage.formula.merge(m, site, stage.base(site.spec.name))
+
+
+@combining_law(
+    "combine.activated",
+    "activating the sources, each scaled by its weight, adds sum w_i D_i: the reference without cross terms",
+    (Op.COMBINE, Op.MERGE, Op.RESCALE),
+    "whoever needs the exact sum today can have it this way",
+)
+def activated(stage: Stage) -> Measurement | None:
+    """Scale every source by its weight, merge all of them, and compare with base + sum w_i D_i."""
+    asked = asked_of(stage)
+    if asked is None or stage.formula.delta is None or len(set(asked.members)) < len(asked.members):
+        return None
+    order = sorted(zip(asked.members, asked.weights, strict=True))
+    for index, weight in order:
+        stage.attached.rescale(stage.names[index], weight)
+    chosen = tuple(stage.names[index] for index, _ in order)
+    stage.attached.activate(chosen)
+    forms = {}
+    for layer in combining.layers(stage, asked):
+        sites = [
+            replace(site, adapter=replace(site.adapter, alpha=site.adapter.alpha * weight))
+            for index, weight in order
+            if index in stage.adapters_on(layer)
+            for site in [stage.site(index, layer)]
+        ]
+        forms[layer] = stage.merge_of(sites, stage.base(layer))
+    if not all(stage.sound(*forms_.values()) for forms_ in forms.values()):
+        return None
+    stage.attached.merge(chosen, safe=stage.case.safe)
+    tensors = stage.attached.base_values()
+    return worst([
+        compare(f"{layer}:{key}", tensors[f"{layer}.{key}"], form.value, judged(form, machine=stage.machine.base.store))
+        for layer, layer_forms in forms.items()
+        for key, form in layer_forms.items()
+    ])  # fmt: skip
+
+
+@combining_law(
+    "combine.refuses",
+    "a request that means nothing is refused clearly, and leaves no adapter behind",
+    (Op.COMBINE,),
+    "a weight that is missing drops its adapter in silence; a half-made adapter keeps the name from the next attempt",
+    structural=True,
+)
+def refuses(stage: Stage) -> Measurement | None:
+    """Ask for one thing that cannot be had, as the case says which."""
+    asked, request = combining.requested(stage.case), stage.case.setting("request")
+    if asked is not None and combining.needs_refused_delta(stage, asked):
+        request = "no delta"
+    if asked is None or request is None:
+        return None
+    call = _impossible(stage, asked, request)
+    if call is None:
+        return None
+    names, weights, kind, into, options = call
+    before = {key: tensor.detach().clone() for key, tensor in stage.attached.base_tensors().items()}
+    owned = stage.attached.adapter_tensors(into).keys()
+    role = f"request:{request}"
+    try:
+        with torch.no_grad():
+            stage.attached.combine(names, weights, kind, into, **options)
+    except Exception as error:
+        if not refusal.is_library(error, stage.implementation) and not isinstance(error, TypeError):
+            raise
+        if not refusal.is_refusal(error, stage.implementation):
+            place = refusal.where(error, stage.implementation)
+            left = ", and leaves a half-made adapter behind" if _half_made(stage, into, owned) else ""
+            return broken(role, "crash", f"{place}: {error}{left}")
+        if _half_made(stage, into, owned):
+            return broken(role, "left behind", f"refused, but '{into}' is registered: {error}")
+        now = stage.attached.base_tensors()
+        return worst([identical(key, now[key], tensor) for key, tensor in before.items()])
+    if request == "driver":
+        return NOTHING  # a way to compute that makes no difference
+    if request == "unequal ranks" and combining.promise(stage, asked) is Promise.EXACT and _is_sum(stage, asked, into):
+        return NOTHING  # more than was to be expected
+    return broken(role, "accepted", f"combining with {request} was accepted in silence")
+
+
+def _is_sum(stage: Stage, asked: Combination, name: str) -> bool:
+    for layer in combining.layers(stage, asked):
+        got = read(stage, name, layer)
+        due = values_of(combining.total(stage, asked, layer, combining.plain_machine(stage)))
+        if not worst(elementwise(layer, got, due, combining.exact_bound(stage, asked, layer))).holds:
+            return False
+    return True
+
+
+def _half_made(stage: Stage, into: str, owned) -> bool:
+    if owned:
+        return False
+    return into in stage.attached.adapters() or bool(stage.attached.adapter_tensors(into))
+
+
+def _impossible(stage: Stage, asked: Combination, request: str):
+    """Return names, weights, kind, target and options of the request, or None where it would mean something."""
+    names, weights, options = [stage.names[i] for i in asked.members], list(asked.weights), dict(asked.options)
+    kind, into = asked.name, INTO
+    if request == "unknown kind":
+        if stage.variant.combinations.keys() == {"linear"}:
+            return None  # only one way: there is nothing to name
+        names, weights, kind = (names * 2)[:2], (weights * 2)[:2], "no such kind"
+    elif request == "unknown adapter":
+        names = [*names[:-1], "nobody"]
+    elif request == "fewer weights":
+        if len(names) < 2:
+            return None
+        weights = weights[:-1]
+    elif request == "no adapter":
+        names, weights = [], []
+    elif request == "unequal ranks":
+        ranks = {stage.case.adapters[i].rank for i in asked.members}
+        if asked.kind.rank != "common" or len(ranks) < 2:
+            return None
+    elif request == "driver":
+        if asked.kind.rank != "chosen" or len(names) < 2 or torch.cuda.is_available():
+            return None
+        options["svd_driver"] = "gesvd"
+    elif request == "taken name":
+        if len(stage.names) < 2:
+            return None
+        into = stage.names[-1]
+    elif request == "no delta":
+        if len(names) < 2:
+            return None  # of one adapter nothing needs its delta
+    elif request == "no density":
+        if not asked.kind.prunes or len(names) < 2:
+            return None
+        options.pop("density", None)
+    return names, weights, kind, into, options

@@ -30,6 +30,10 @@ PROFILES: dict[str, str] = {
     "duplicated": "every adapter holds the same values",
     "dyadic": "small multiples of a power of two: the exact regime",
 }
+PROFILES_OF_SEVERAL: dict[str, str] = {
+    "probe": "adapters on disjoint rows and columns: their cross terms lie where nothing is due",
+    "parallel": "adapters that differ by a thousandth",
+}
 NO_EFFECT = frozenset({"zero"})
 WEIGHTS_ONLY = frozenset({"subnormal"})  # outputs fall into the subnormal range, where kernels may flush
 
@@ -107,7 +111,21 @@ def adapter(case: Case, index: int, site: str, role: str, shape: tuple[int, ...]
         return _rotations(case.profile, key, shape)
     if hint == "projection":
         return 0.5 * normal(key, shape)
+    if case.profile == "probe":
+        return _factors(case, key, shape) * _disjoint(index, len(case.adapters), role, shape)
+    if case.profile == "parallel":
+        common = _factors(case, f"{case.values}|adapter|{site}|{role}", shape)
+        return common + 2.0**-10 * _factors(case, key, shape)
     return _factors(case, key, shape)
+
+
+def _disjoint(index: int, count: int, role: str, shape: tuple[int, ...]) -> Tensor:
+    """Return ones where adapter `index` of `count` stands: its share of A's columns, of B's rows; zeros elsewhere."""
+    axis = {"A": 1, "B": 0}.get(role)
+    if axis is None:
+        return torch.ones(shape, dtype=torch.float64)
+    own = torch.arange(shape[axis]) % count == index
+    return own.double().reshape([-1 if a == axis else 1 for a in range(len(shape))]).expand(shape)
 
 
 def _factors(case: Case, key: str, shape: tuple[int, ...]) -> Tensor:

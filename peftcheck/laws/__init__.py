@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from peftcheck.laws import forward, merge, merge_state, refuse, safe_merge
+from peftcheck.laws import combine, combine_state, combine_truncation, forward, merge, merge_state, refuse, safe_merge
 
-__all__ = ["forward", "merge", "merge_state", "refuse", "safe_merge"]
+__all__ = ["combine", "combine_state", "combine_truncation", "forward", "merge", "merge_state", "refuse", "safe_merge"]

@@ -7,6 +7,7 @@ from peft import IA3Config
 from peftcheck.case import AdapterSpec
 from peftcheck.implementation import Variant
 from peftcheck.implementations.peft.method import Method, no_delta
+from peftcheck.implementations.peft.methods import combinations
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> IA3Config:
@@ -21,6 +22,7 @@ def _method(name: str, feedforward: bool) -> Method:
         options={"feedforward": (feedforward,)},
         claim=no_delta,
         documented=("ia3.epsilon",),
+        combinations=combinations.IA3,
     )
     return Method(variant, _config, {"ia3_l": "scale"})
 

@@ -12,6 +12,7 @@ from peft import LoraConfig
 from peftcheck.case import CONVOLUTIONS, AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import MERGES, Method
+from peftcheck.implementations.peft.methods import combinations
 
 ROLES = {
     "lora_A.weight": "A",
@@ -63,7 +64,7 @@ def claim_dora(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
 
 
 METHODS = (
-    Method(Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim), configured(), ROLES),
+    Method(Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim, combinations=combinations.LORA), configured(), ROLES),
     Method(
         Variant(
             "lora.rslora",
@@ -72,6 +73,7 @@ METHODS = (
             options={"rslora": (True,)},
             fit=rank_divisible,
             claim=claim,
+            combinations=combinations.LORA,
         ),
         configured(),
         ROLES,
@@ -84,6 +86,7 @@ METHODS = (
             options={"rslora": (False, True)},
             fit=rank_divisible,
             claim=claim_bias,
+            combinations=combinations.LORA,
         ),
         configured(lora_bias=True),
         ROLES,
@@ -96,6 +99,7 @@ METHODS = (
             options={"rslora": (False, True)},
             fit=rank_divisible,
             claim=claim_dora,
+            combinations=combinations.DORA,
         ),
         configured(use_dora=True),
         ROLES,

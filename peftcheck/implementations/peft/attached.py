@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 
 import torch
-from peft import PeftModel
+from peft import IA3Model, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -117,7 +117,24 @@ class PeftAttached:
     def merge_and_unload(self, safe: bool = False, adapters: Sequence[str] | None = None) -> nn.Module:
         return self.model.merge_and_unload(safe_merge=safe, adapter_names=None if adapters is None else list(adapters))
 
+    def adapters(self) -> tuple[str, ...]:
+        return tuple(self.model.peft_config)
+
+    def described(self, site: str, adapter: str) -> AdapterSpec:
+        config = self.model.peft_config[adapter]
+        options = {
+            "rslora": bool(getattr(config, "use_rslora", False)),
+            "feedforward": bool(getattr(config, "feedforward_modules", None)),
+        }
+        rank = getattr(config, "r", 1)
+        targets = tuple(self.names.index(site) for site in self.sites(adapter))
+        alpha = float(getattr(config, "lora_alpha", rank))
+        return AdapterSpec(adapter, targets, rank, alpha, tuple(sorted(options.items())))
+
     def combine(self, adapters: Sequence[str], weights: Sequence[float], kind: str, into: str, **options) -> None:
+        if isinstance(self.model.base_model, IA3Model):  # knows one way only, and does not ask for it
+            self.model.add_weighted_adapter(list(adapters), list(weights), into, **options)
+            return
         self.model.add_weighted_adapter(list(adapters), list(weights), into, combination_type=kind, **options)
 
     def delete(self, adapter: str) -> None:

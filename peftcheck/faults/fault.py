@@ -78,6 +78,7 @@ class Fault:
     variants: tuple[str, ...] = ()
     layers: tuple[str, ...] = ()
     dtypes: tuple[str, ...] = ()
+    kinds: tuple[str, ...] = ()  # kinds of combination, for faults of combining
     suits: Callable[[Case], bool] = _any_case
     exact: bool | None = None
     unsupported: bool = False  # attaches to layers that the variant does not accept

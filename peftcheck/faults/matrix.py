@@ -11,6 +11,7 @@ from peftcheck import engine, generator
 from peftcheck.case import LAYERS, Case, Sweep, encode
 from peftcheck.errors import HarnessError
 from peftcheck.faults.fault import Fault, Faulty
+from peftcheck.generator_combine import combination_case
 from peftcheck.implementation import Implementation
 from peftcheck.law import Law
 from peftcheck.laws.refuse import attach_refused
@@ -19,7 +20,7 @@ from peftcheck.record import FaultRecord
 from peftcheck.rounding import DTYPES
 
 _SOURCES = {path.name for path in Path(__file__).parent.glob("*.py")}
-_WALK = 60  # cases drawn on a sweep, not built, in search of those that suit a fault
+_WALK = 400  # cases drawn on a sweep, not built, in search of those that suit a fault
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,11 @@ def _try(
 
 def _check(implementation: Implementation, case: Case, laws: Sequence[Law]) -> list[Outcome]:
     """Check the laws on a case; on a layer that the variant does not accept: that it is refused."""
-    if case.sweep.layer in implementation.variants()[case.sweep.variant].layers:
-        return engine.check(implementation, case, laws)
+    variant, kind = implementation.variants()[case.sweep.variant], case.setting("kind")
+    if case.sweep.layer in variant.layers:
+        promise = variant.combinations.get(kind)
+        chosen = [law for law in laws if (law.of_kind(kind, promise) if kind else not law.kinds)]
+        return engine.check(implementation, case, chosen)
     with engine.pinned():
         found = attach_refused(implementation, case)
     status = PASS if found.holds else VIOLATION
@@ -171,9 +175,15 @@ def _coprime(a: int, b: int) -> bool:
 
 def _walk(implementation: Implementation, fault: Fault, sweep: Sweep, seed: int) -> Iterator[Case]:
     variant = implementation.variants()[sweep.variant]
+    kinds = [kind for kind in fault.kinds if kind in variant.combinations]
+    if fault.kinds and not kinds:
+        return
     for index in range(_WALK):
         exact = index % 2 == 0 if fault.exact is None else fault.exact
-        case = generator.draw(variant, sweep, seed, index, exact)
+        if kinds:
+            case = combination_case(variant, sweep, kinds[index // 2 % len(kinds)], seed, index, exact)
+        else:
+            case = generator.draw(variant, sweep, seed, index, exact)
         if fault.exact is True and case.profile != "dyadic":
             return
         if fault.suits(case):

@@ -244,10 +244,23 @@ class Arithmetic:
         return self.bilinear(torch.matmul, x, y, x.value.shape[-1])
 
     def bilinear(self, op: Callable[[Tensor, Tensor], Tensor], x: Bounded, y: Bounded, n: int) -> Bounded:
-        """Return `op(x, y)` for a bilinear `op` that sums at most `n` products per element in any order."""
+        """Return `op(x, y)` for a bilinear `op` that sums at most `n` products per element in any order.
+
+        The dot-product instructions for bf16 (VDPBF16PS) take subnormal operands for zero and flush every subnormal
+        product and partial sum: 2n times the smallest normal number, and what the operands lose.
+        """
         value = op(x.value, y.value)
         terms = op(x.ceiling(), y.ceiling())
-        return replace(self._stored(value, _product_error(x, y, op), terms, n, _times(x, y)), products=(terms, n))
+        stored = self._stored(value, _product_error(x, y, op), terms, n, _times(x, y))
+        if self.store.dtype == torch.bfloat16 and stored.error is not None:
+            tiny = torch.finfo(torch.bfloat16).tiny
+            lost_x, lost_y = _subnormal(x, tiny), _subnormal(y, tiny)
+            stored = stored.widened(2 * n * tiny)
+            if bool(lost_x.any()):
+                stored = stored.widened(op(lost_x, y.ceiling()))
+            if bool(lost_y.any()):
+                stored = stored.widened(op(x.ceiling(), lost_y))
+        return replace(stored, products=(terms, n))
 
     def sum(self, x: Bounded, dim: int | tuple[int, ...], keepdim: bool = True) -> Bounded:
         """Return the sum over `dim`, in any order."""
@@ -298,6 +311,11 @@ class Arithmetic:
         value = function(x.value)
         moved = x.bound * slope
         return self._round(value, moved + (ulps - 1) * self.store.a * (value.abs() + moved))
+
+
+def _subnormal(x: Bounded, tiny: float) -> Tensor:
+    """Return the magnitudes of what may be subnormal, zeros elsewhere."""
+    return torch.where(x.value.abs() - x.bound < tiny, x.ceiling(), 0.0)
 
 
 def _below(x: Tensor, limit: float) -> bool:

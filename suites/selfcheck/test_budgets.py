@@ -22,7 +22,8 @@ HALF = ("bfloat16", "float16")
 
 @cache
 def walk(family: str, dtype: str, count: int) -> list[Trip]:
-    return [trip for case in cases(family, dtype, count) for twin in twins(family, case) for trip in trips(family, twin)]
+    drawn = (twin for case in cases(family, dtype, count) for twin in twins(family, case))
+    return [trip for case in drawn for trip in trips(family, case)]
 
 
 @pytest.mark.parametrize("dtype", sorted(DTYPES))

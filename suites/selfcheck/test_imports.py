@@ -22,7 +22,7 @@ ORDER = """
     oracle budgets reductions quantizers
     measurement architecture memento outcome
     generator stage combination combination_diagnosis generator_combine
-    law engine laws
+    law laws engine
     implementations
     shrink ledger_file ledger repro
     record summary diff report_html report_markdown report_junit report_index report terminal

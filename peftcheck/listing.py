@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
+from peftcheck import escape, suite
 from peftcheck import implementation as port
-from peftcheck import suite
 from peftcheck.errors import UsageError
-from peftcheck.law import laws
+from peftcheck.law import Law, laws
 from peftcheck.oracle import FORMULAS
 
 
@@ -27,6 +28,12 @@ def show(what: str, target: str, filters: dict[str, tuple[str, ...]]) -> None:
         _cells(console, target, suite.Filters(**filters))
     else:
         raise UsageError(f"cannot list '{what}'")
+
+
+def laws_markdown(found: Sequence[Law]) -> str:
+    """Return the laws as a Markdown table, a row per group of the README."""
+    rows = [f"| `{one.name}` | {escape.code(one.formula, in_table=True)} |" for one in found]
+    return "\n".join(["| law | what holds |", "|---|---|", *rows])
 
 
 def _table(columns: tuple[str, ...], rows: list[tuple[str, ...]]) -> Table:

@@ -19,6 +19,7 @@ from peftcheck.case import Case
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.implementation import Claim, Implementation, Op
 from peftcheck.law import Law
+from peftcheck.laws.quantize_refuse import merge_refused
 from peftcheck.laws.refuse import attach_refused
 from peftcheck.measurement import Measurement, worst
 from peftcheck.memento import Memento, Unrestorable
@@ -65,17 +66,22 @@ def check(implementation: Implementation, case: Case, laws: Sequence[Law], watch
     if variant is None:
         raise UsageError(f"{implementation.name} has no variant '{case.sweep.variant}': see peftcheck list variants")
     with pinned():
+        if case.sweep.quantizer is not None and variant.quantizers.get(case.sweep.quantizer) is not Claim.YES:
+            return [_refused(implementation, case, law, watch, "quantize.refuses", merge_refused) for law in laws]
         if case.sweep.layer not in variant.layers:
             return [_refused(implementation, case, law, watch) for law in laws]
         return Scene(implementation, case, watch).run(laws)
 
 
-def _refused(implementation: Implementation, case: Case, law: Law, watch: Watch) -> Outcome:
-    """Judge a layer that the variant does not accept: the one law that speaks of it is `refuse.attach`."""
-    if law.name != "refuse.attach":
+def _refused(implementation: Implementation, case: Case, law: Law, watch: Watch, speaks="refuse.attach", judge_it=attach_refused) -> Outcome:
+    """Judge a layer that the variant does not accept: the one law that speaks of it is `refuse.attach`.
+
+    Of a quantized layer that it must not merge into, `quantize.refuses`.
+    """
+    if law.name != speaks:
         return Outcome(law.name, SKIP)
     with watch(case, "attach"):
-        measurement = attach_refused(implementation, case)
+        measurement = judge_it(implementation, case)
     if measurement.holds:
         return Outcome(law.name, PASS, measurement, exempt=True)
     name = fingerprint(law.name, case.sweep.variant, measurement)
@@ -124,6 +130,7 @@ class Scene:
             return
         fresh = set_up(self.implementation, self.case)
         stage.attached, stage.start, stage.start_adapters = fresh.attached, fresh.start, fresh.start_adapters
+        stage.dense = fresh.dense
 
     def _one(self, law: Law) -> Outcome:
         stage = self.stage
@@ -158,7 +165,12 @@ class Scene:
 
 
 def applies(law: Law, stage: Stage) -> bool:
-    """Return whether the library claims what the law needs, and merging stays clear of overflow."""
+    """Return whether the library claims what the law needs, and merging stays clear of overflow.
+
+    Laws of codes say nothing about plain tensors, and the other way round.
+    """
+    if (law.group == "quantize") != (stage.case.sweep.quantizer is not None):
+        return False
     if not all(stage.claims(op) is Claim.YES for op in law.needs):
         return False
     return not {Op.MERGE, Op.EXPORT} & set(law.needs) or stage.finite

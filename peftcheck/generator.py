@@ -5,11 +5,12 @@ A case depends on nothing else, and never on the law: a filter cannot change a v
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from peftcheck import values
+from peftcheck import quantizers, values
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, Case, LayerSpec, Poison, Sweep
 from peftcheck.implementation import Variant
 from peftcheck.oracle import FORMULAS
@@ -36,6 +37,8 @@ _LARGE_FAN_IN = (64, 128, 255, 512)
 def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = False) -> Case:
     """Return case `index` of a sweep, in the exact (dyadic) regime if asked for and if the method has one."""
     exact = exact and FORMULAS[variant.formula].dyadic
+    if sweep.quantizer is not None:
+        return _quantized(variant, sweep, seed, index)
     rng = random.Random(f"{sweep}|{seed}|{index}|{exact}")
     layers = _layers(rng, variant, sweep.layer)
     targets = _targets(rng, layers)
@@ -63,6 +66,51 @@ def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = Fa
             rng.randrange(4096),
         ),
     )
+
+
+_QUANTIZED_PROFILES = ("onehot", "large", "small", "graded", "extreme", "duplicated")
+
+
+def _quantized(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
+    """Return a case on quantized linear layers: sizes that the quantizer takes, settings among the case's extras."""
+    declared = quantizers.DECLARED[sweep.quantizer]
+    rng = random.Random(f"{sweep}|{seed}|{index}|quantized")
+    settings = {key: rng.choice(choices) for key, choices in sorted(declared.options.items())}
+    names = rng.choice(_LAYER_NAMES)[: rng.choice([1, 1, 2])]
+    layers = tuple(_quantized_layer(rng, variant, declared, settings, name) for name in names)
+    adapters = _adapters(rng, replace(variant, most_adapters=min(2, variant.most_adapters)), layers, _targets(rng, layers), False)
+    single = len(adapters) == 1
+    absurd = {p for p, holds in (("duplicated", single), ("graded", declared.largest < math.inf)) if holds}
+    profiles = [p for p in _QUANTIZED_PROFILES if p not in variant.avoids and p not in absurd]
+    half = sweep.dtype in ("bfloat16", "float16")
+    return Case(
+        sweep,
+        seed,
+        index,
+        layers,
+        adapters,
+        adapter_dtype="float32" if half and rng.random() < 0.5 else sweep.dtype,
+        profile=rng.choice([*profiles, *["normal"] * 5]),
+        values=rng.randrange(2**32),
+        batch=rng.choice([(1,), (2,), (3,), (2, 3)]),
+        safe=rng.random() < 0.4,
+        joint=rng.random() < 0.6,
+        cycles=rng.choice([2, 3, 5]),
+        poison=Poison(
+            rng.choice(["nan", "inf", "-inf", "overflow", "overflow", "tame"]),
+            *(rng.randrange(n) for n in (8, 8, 64, 4096)),
+        ),
+        extra=tuple(sorted(settings.items())),
+    )
+
+
+def _quantized_layer(rng: random.Random, variant: Variant, declared, settings, name: str) -> LayerSpec:
+    bias = rng.random() < 0.5 if variant.bias is None else variant.bias
+    wanted = rng.random() < 0.7  # a shape that runs forward everywhere
+    while True:
+        spec = variant.admit(LayerSpec(name, "linear", rng.choice(declared.widths), rng.choice(declared.heights), bias=bias))
+        if quantizers.fits(declared.name, spec, settings) and (not wanted or quantizers.forwards(declared.name, spec, settings)):
+            return spec
 
 
 def _profile(rng: random.Random, variant: Variant, layers: Sequence[LayerSpec], adapters: Sequence[AdapterSpec]) -> str:

@@ -102,6 +102,7 @@ class Variant:
     limit (no groups, an even number of outputs). `claim` says per operation, layer and adapter what the library claims.
     `documented` names bounds in `budgets.DOCUMENTED` for inexactness that the library announces. `avoids` are
     value profiles without meaning for the method. `rewrites_base`: attaching changes the base by design.
+    `quantizers`: on linear layers quantized by each of these the method merges (YES), or must refuse to (REFUSES).
     """
 
     name: str
@@ -121,6 +122,7 @@ class Variant:
     rewrites_base: bool = False
     unasked: frozenset[str] = frozenset()  # layer kinds that the library accepts and no closed form covers yet
     most_adapters: int = 3
+    quantizers: Mapping[str, Claim] = field(default_factory=lambda: MappingProxyType({}))
     combinations: Mapping[str, Promise] = field(default_factory=lambda: MappingProxyType({}))
     source: str = ""
 
@@ -181,6 +183,14 @@ class Combines(Protocol):
 
     def described(self, site: str, adapter: str) -> AdapterSpec:
         """Return the options that an adapter declares on a layer: rank, alpha and what else decides its scale."""
+
+
+@runtime_checkable
+class Quantized(Protocol):
+    """What an `Attached` has besides where its library adapts quantized layers."""
+
+    def base_layer(self, name: str) -> nn.Module:
+        """Return the module that now holds the weight of the pristine layer `name`, out of every wrapper."""
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from peftcheck import budgets, models, values
+from peftcheck import budgets, models, quantizers, values
 from peftcheck.architecture import Architecture, architecture
 from peftcheck.case import EMBEDDINGS, Case, LayerSpec
 from peftcheck.implementation import Attached, Claim, Implementation, Op, Variant
@@ -47,6 +47,7 @@ class Stage:
     pristine: dict[str, Tensor]
     pristine_outputs: dict[str, Tensor]
     start: dict[str, Tensor] = field(default_factory=dict)
+    dense: dict[str, Tensor] = field(default_factory=dict)  # the same as dense values, where the base is quantized
     start_adapters: dict[str, dict[tuple[str, str], Tensor]] = field(default_factory=dict)
     _sites: dict[tuple[int, str], Site] = field(default_factory=dict)
     _stored: dict[str, Bounded] = field(default_factory=dict)
@@ -99,7 +100,7 @@ class Stage:
         prefix = name + "."
         return {
             key[len(prefix) :]: self._leaf(key, tensor)
-            for key, tensor in self.start.items()
+            for key, tensor in (self.dense or self.start).items()
             if key.startswith(prefix) and "." not in key[len(prefix) :]
         }
 
@@ -286,6 +287,8 @@ def set_up(implementation: Implementation, case: Case) -> Stage:
     inputs = models.inputs(case)
     with torch.no_grad():
         plain = {spec.name: model.get_submodule(spec.name)(inputs[spec.name]) for spec in case.layers}
+    if case.sweep.quantizer is not None:
+        quantizers.apply(model, case)
     before = architecture(model)
     attached = implementation.attach(model, case)
     stage = Stage(
@@ -325,6 +328,8 @@ def fill(stage: Stage) -> None:
 def note_start(stage: Stage) -> None:
     """Clone every base and adapter tensor as it stands: the start that laws compare with."""
     stage.start = {name: tensor.detach().clone() for name, tensor in stage.attached.base_tensors().items()}
+    if stage.case.sweep.quantizer is not None:
+        stage.dense = {name: tensor.detach().clone() for name, tensor in stage.attached.base_values().items()}
     stage.start_adapters = {
         adapter.name: {key: t.detach().clone() for key, t in stage.attached.adapter_tensors(adapter.name).items()}
         for adapter in stage.case.adapters

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
-from peftcheck import engine, generator
+from peftcheck import engine, generator, quantizers
 from peftcheck.case import LAYERS, Case, Sweep, encode
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.generator_combine import combination_case
@@ -134,12 +134,23 @@ def cells(implementation: Implementation, laws: Sequence[Law], filters: Filters)
                 if dtype in variant.dtypes:
                     sweep = Sweep(implementation.name, name, layer, dtype)
                     found += [cell for law in laws for cell in _of_law(law, variant, sweep)]
+        found += [cell for sweep in _quantized(implementation, variant) for law in laws for cell in _of_law(law, variant, sweep)]
     chosen = {law.name for law in laws}
     return [cell for cell in found if cell.law in chosen and filters.admits(cell)]
 
 
+def _quantized(implementation: Implementation, variant: Variant) -> Iterable[Sweep]:
+    """Return a variant's sweeps on quantized linear layers; where it must refuse to merge, one dtype says it all."""
+    for name, claim in variant.quantizers.items():
+        dtypes = [d for d in quantizers.DECLARED[name].dtypes if d in variant.dtypes]
+        for dtype in dtypes if claim is Claim.YES else dtypes[:1]:
+            yield Sweep(implementation.name, variant.name, "linear", dtype, name)
+
+
 def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
-    if law.name == "refuse.attach":
+    if law.name == "refuse.attach" or (law.group == "quantize") != (sweep.quantizer is not None):
+        return ()
+    if sweep.quantizer is not None and (law.name == "quantize.refuses") != (variant.quantizers[sweep.quantizer] is not Claim.YES):
         return ()
     if law.kinds:
         return [Cell(law.name, sweep, kind) for kind, promise in variant.combinations.items() if law.of_kind(kind, promise)]
@@ -176,7 +187,10 @@ class Walk:
 
     def run(self) -> dict[str, CellResult]:
         """Return the result of every law, by name."""
-        if self.sweep.layer not in self.variant.layers:
+        if self.sweep.quantizer is not None and not quantizers.available(self.sweep.quantizer):
+            message = f"not installed: {quantizers.DECLARED[self.sweep.quantizer].package}"
+            return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}
+        if self.sweep.layer not in self.variant.layers or "quantize.refuses" in self.laws:
             return {name: self._refusal(name) for name in self.laws}
         results: dict[str, CellResult] = {}
         open_laws: dict[str, _Tally] = {}
@@ -215,7 +229,7 @@ class Walk:
         return ("absent", 0, None, None, 0.0, None, None, (), "the library has no such operation")
 
     def _visit(self, tallies: Mapping[str, _Tally]) -> None:
-        dyadic = FORMULAS[self.variant.formula].dyadic
+        dyadic = FORMULAS[self.variant.formula].dyadic and self.sweep.quantizer is None
         first: tuple[Case, Law, Outcome] | None = None
         for index in range(self.profile.tries):
             exact = dyadic and index % 2 == 0
@@ -251,7 +265,7 @@ class Walk:
             raise HarnessError(f"canary: {law.name} on {self.sweep} measured {before.measurement}, then {after.measurement}")
 
     def _refusal(self, name: str) -> CellResult:
-        """Return the result of attaching to a layer that the variant does not accept."""
+        """Return the result of attaching to a layer that the variant does not accept, or must not merge into."""
         cell = Cell(name, self.sweep)
         if self.sweep.layer in self.variant.unasked:
             return CellResult(cell, "absent", message="the library accepts this layer; no closed form here covers it yet")

@@ -104,6 +104,7 @@ def dynamic_map() -> Tensor:
 
 
 HALF_GAP = float((dynamic_map()[1:] - dynamic_map()[:-1]).max()) / 2  # 0.0070313, the overhang at -1 too
+LOOKUP = 1.02 / 65535
 _GROUP = 256
 
 
@@ -112,9 +113,10 @@ def double_quantized(scales: Tensor, error: Tensor) -> Tensor:
 
     Their mean m is subtracted, the rest quantized in groups of 256 to the 8-bit dynamic map, scaled by the group's
     largest A = max abs(a - m). No point of [-A, A] is further than 0.0070313 A from a code: half the widest gap, and
-    as much at the lower end, where the map stops at -0.99297. Roundings: the difference v A, the quotient 2v A, the
-    threshold v A, the code and its product 2v A, the last sum v abs(a): 6.001 v A + 1.001 v a. Whatever m is, the
-    same number is subtracted and added; it matters through A only, and is a mean in single precision:
+    as much at the lower end, where the map stops at -0.99297. Kernels for CPUs find the code in a table of 65,536
+    entries over [-1, 1]: the quotient is first moved by up to 1 / 65535, and 1 / 256 of that more for the place in the
+    table, itself rounded to 24 bits. Roundings: the difference v A, the quotient 2v A, the threshold v A, the code and
+    its product 2v A, the last sum v abs(a): 6.001 v A + 1.001 v a. Whatever m is, the same number is subtracted and added; it matters through A only, and is a mean in single precision:
     gamma(n) of the mean. Errors of the a_i move A by at most their largest plus their mean.
     """
     n = scales.numel()
@@ -122,7 +124,7 @@ def double_quantized(scales: Tensor, error: Tensor) -> Tensor:
     rough = float(error.mean()) + (n + 2) * V * float((scales + error).mean())
     apart = blocks((scales - mean).abs() + error + rough, _GROUP)
     largest = apart.amax(1, keepdim=True).expand_as(apart)
-    return unblocked((HALF_GAP + 6.001 * V) * largest, scales.shape) + 1.001 * V * (scales + error)
+    return unblocked((HALF_GAP + LOOKUP + 6.001 * V) * largest, scales.shape) + 1.001 * V * (scales + error)
 
 
 HALF = 2.0**-11

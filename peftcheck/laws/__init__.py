@@ -2,6 +2,30 @@
 
 from __future__ import annotations
 
-from peftcheck.laws import combine, combine_state, combine_truncation, forward, merge, merge_state, refuse, safe_merge
+from peftcheck.laws import (
+    combine,
+    combine_state,
+    combine_truncation,
+    forward,
+    merge,
+    merge_state,
+    quantize,
+    quantize_refuse,
+    quantize_state,
+    refuse,
+    safe_merge,
+)
 
-__all__ = ["combine", "combine_state", "combine_truncation", "forward", "merge", "merge_state", "refuse", "safe_merge"]
+__all__ = [
+    "combine",
+    "combine_state",
+    "combine_truncation",
+    "forward",
+    "merge",
+    "merge_state",
+    "quantize",
+    "quantize_refuse",
+    "quantize_state",
+    "refuse",
+    "safe_merge",
+]

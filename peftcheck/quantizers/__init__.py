@@ -12,11 +12,12 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from peftcheck.case import Case, LayerSpec
 from peftcheck.errors import UsageError
-from peftcheck.rounding import Precision
+from peftcheck.rounding import Bounded, Precision
 
 
 class Quantizer(Protocol):
@@ -37,8 +38,17 @@ class Quantizer(Protocol):
     def values(self, layer: nn.Module) -> Tensor:
         """Return the dense weight through the library's own dequantization; changes nothing."""
 
-    def decoded(self, layer: nn.Module) -> Tensor:
-        """Return the dense weight in fp64 from codes, scales and the grid's definition, without the library."""
+    def decoded(self, layer: nn.Module) -> Bounded:
+        """Return the dense weight from codes, scales and the grid's definition, without the library.
+
+        Its bound is what the library's own dequantization may round on the way to the same numbers.
+        """
+
+    def proved(self, layer: nn.Module, adapter_dtype: torch.dtype) -> Tensor:
+        """Return for each element whether requantizing its block is proved to change nothing (bool, of the weight's shape).
+
+        `adapter_dtype`: the dtype through which a library may pass the dequantized values.
+        """
 
     def facts(self, layer: nn.Module) -> dict[str, Any]:
         """Return what a merge has to keep: kind, block size, dtype, flags."""
@@ -53,8 +63,8 @@ class Declared:
 
     `package` is what has to import, `extra` what to install. `options` are the settings that cases draw, `widths` and
     `heights` the layer sizes (in, out). `dtypes`: of the base. `largest`: magnitudes beyond it are not finite to the
-    quantizer. `fixpoint`: quantizing a dequantized tensor is proved to change nothing. `forward(spec, settings)`: the
-    library computes a forward of such a layer on every CPU.
+    quantizer. `any_shape`: the
+    library takes layers of any shape, and computes their forward on every CPU.
     """
 
     name: str
@@ -67,7 +77,6 @@ class Declared:
     heights: tuple[int, ...] = (32, 64)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     largest: float = float("inf")
-    fixpoint: bool = False
     any_shape: bool = True
 
 
@@ -78,9 +87,9 @@ def _bitsandbytes(kind: str, bits: float, **rest: Any) -> Declared:
     return Declared(f"bitsandbytes.{kind}", "bitsandbytes", "bitsandbytes", "bitsandbytes", bits, **rest)
 
 
-def _four(kind: str, fixpoint: bool) -> Declared:
+def _four(kind: str) -> Declared:
     sizes = {"widths": (40, 64, 128, 256, 512), "heights": (6, 32, 64)}
-    return _bitsandbytes(kind, 4, options=_FOUR, any_shape=False, fixpoint=fixpoint, **sizes)
+    return _bitsandbytes(kind, 4, options=_FOUR, any_shape=False, **sizes)
 
 
 def _hqq(bits: int) -> Declared:
@@ -94,11 +103,11 @@ def _quanto(kind: str, bits: int) -> Declared:
 DECLARED: dict[str, Declared] = {
     one.name: one
     for one in (
-        _bitsandbytes("int8", 8, widths=(5, 64, 128, 96), heights=(3, 32, 64), largest=65504.0, fixpoint=True),
-        _four("nf4", True),
-        _four("nf4.double", False),
-        _four("fp4", True),
-        _four("fp4.double", False),
+        _bitsandbytes("int8", 8, widths=(5, 64, 128, 96), heights=(3, 32, 64), largest=65504.0),
+        _four("nf4"),
+        _four("nf4.double"),
+        _four("fp4"),
+        _four("fp4.double"),
         Declared("torchao.int8", "torchao", "torchao", "torchao", 8, widths=(24, 64, 128), heights=(5, 32, 64)),
         _hqq(8),
         _hqq(4),
@@ -134,6 +143,21 @@ def forwards(name: str, spec: LayerSpec, settings: Mapping[str, Any]) -> bool:
     if DECLARED[name].any_shape:
         return True
     return spec.n_out % 32 == 0 and spec.n_in % int(settings["blocksize"]) == 0
+
+
+def fits(name: str, spec: LayerSpec, settings: Mapping[str, Any]) -> bool:
+    """Return whether the quantizer takes a layer of this shape: an even number of columns, whole groups."""
+    if "group" in settings:
+        return spec.n_in % int(settings["group"]) == 0
+    return DECLARED[name].any_shape or spec.n_in % 2 == 0
+
+
+def apply(model: nn.Module, case: Case) -> None:
+    """Quantize every layer of a built model in place, and dress the model as transformers would."""
+    quantizer, settings = load(case.sweep.quantizer), settings_of(case)
+    for spec in case.layers:
+        quantizer.quantize(model, spec.name, settings)
+    quantizer.dress(model)
 
 
 def settings_of(case: Case) -> dict[str, Any]:

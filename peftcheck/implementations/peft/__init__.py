@@ -10,11 +10,13 @@ import peft
 from peft import get_peft_model
 from torch import nn
 
+from peftcheck import quantizers
 from peftcheck.case import AdapterSpec, Case
 from peftcheck.errors import UsageError
 from peftcheck.implementation import Variant
 from peftcheck.implementations.peft.attached import PeftAttached
 from peftcheck.implementations.peft.methods import METHODS
+from peftcheck.implementations.peft.quantization import with_quantizers
 from peftcheck.implementations.peft.script import spelling
 from peftcheck.spelling import Spelling
 
@@ -28,7 +30,7 @@ class Peft:
     ledger = Path(__file__).parent / "ledger.toml"
 
     def variants(self) -> Mapping[str, Variant]:
-        return {name: method.variant for name, method in METHODS.items()}
+        return {name: with_quantizers(method.variant) for name, method in METHODS.items()}
 
     def attach(self, model: nn.Module, case: Case) -> PeftAttached:
         try:
@@ -42,10 +44,11 @@ class Peft:
 
         first, *others = case.adapters
         autocast = case.adapter_dtype != case.sweep.dtype
+        quantizer = quantizers.load(case.sweep.quantizer) if case.sweep.quantizer else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             wrapped = get_peft_model(model, config(first), first.name, autocast_adapter_dtype=autocast)
-            attached = PeftAttached(wrapped, names, method.roles, config, autocast)
+            attached = PeftAttached(wrapped, names, method.roles, config, autocast, quantizer)
             for adapter in others:
                 attached.add(adapter)
             if others:

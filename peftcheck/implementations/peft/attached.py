@@ -12,6 +12,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peftcheck.case import AdapterSpec
+from peftcheck.quantizers import Quantizer
 
 MakeConfig = Callable[[AdapterSpec], object]
 
@@ -20,13 +21,20 @@ class PeftAttached:
     """The port onto a `PeftModel`. Storage is read through module attributes, never through PEFT's merge code."""
 
     def __init__(
-        self, model: PeftModel, names: Sequence[str], roles: Mapping[str, str], config: MakeConfig, autocast: bool
+        self,
+        model: PeftModel,
+        names: Sequence[str],
+        roles: Mapping[str, str],
+        config: MakeConfig,
+        autocast: bool,
+        quantizer: Quantizer | None = None,
     ) -> None:
         self.model = model
         self.names = tuple(names)
         self.roles = roles
         self.config = config
         self.autocast = autocast
+        self.quantizer = quantizer
 
     # accessors
 
@@ -54,15 +62,24 @@ class PeftAttached:
     def base_tensors(self) -> dict[str, Tensor]:
         tensors = {}
         for name in self.names:
-            module = self.layer(name)
-            while isinstance(module, BaseTunerLayer):
-                module = module.base_layer
-            for key, parameter in module.named_parameters():
-                tensors[f"{name}.{key}"] = parameter
+            module = self.base_layer(name)
+            held = dict(module.named_parameters()) if self.quantizer is None else self.quantizer.tensors(module)
+            tensors |= {f"{name}.{key}": tensor for key, tensor in held.items()}
         return tensors
 
     def base_values(self) -> dict[str, Tensor]:
-        return self.base_tensors()
+        tensors = self.base_tensors()
+        if self.quantizer is None:
+            return tensors
+        with torch.no_grad():
+            dense = {f"{name}.weight": self.quantizer.values(self.base_layer(name)) for name in self.names}
+        return {**{key: t for key, t in tensors.items() if key.rpartition(".")[2] == "bias"}, **dense}
+
+    def base_layer(self, name: str) -> nn.Module:
+        module = self.layer(name)
+        while isinstance(module, BaseTunerLayer):
+            module = module.base_layer
+        return module
 
     def adapter_tensors(self, adapter: str) -> dict[tuple[str, str], Tensor]:
         return {

@@ -1,0 +1,238 @@
+"""Merging into quantized weights: no further off than the grid makes unavoidable.
+
+The quantizer's own dequantization says what the weights are; budgets come from the grid's definition
+(`budgets.quantized`). Where dequantization itself does not follow the grid, `quantize.decoded` says so and the
+other laws say nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from peftcheck import quantizers, values
+from peftcheck.budgets import quantized
+from peftcheck.budgets.quantized import Rule
+from peftcheck.case import Case
+from peftcheck.implementation import Op
+from peftcheck.law import law
+from peftcheck.laws.merge import merge_all
+from peftcheck.measurement import Measurement, broken, compare, identical, worst
+from peftcheck.oracle import Base
+from peftcheck.rounding import DTYPES, judged, precision
+from peftcheck.stage import Stage
+
+
+def rule(stage: Stage, dtype: torch.dtype | None = None) -> Rule:
+    """Return the budget b of the case's grid, for values that dequantization returns in `dtype`."""
+    quantizer, settings = quantizers.load(stage.case.sweep.quantizer), quantizers.settings_of(stage.case)
+    store = precision(dtype or next(t.dtype for key, t in stage.dense.items() if key.endswith(".weight")))
+    return lambda value, error: quantizer.budget(value, error, settings, store)
+
+
+def coarser(stage: Stage) -> torch.dtype:
+    """Return the dtype of coarser precision among those that the dense values have had and have now."""
+    now = [t.dtype for key, t in stage.attached.base_values().items() if key.endswith(".weight")]
+    return max({*now, *(t.dtype for key, t in stage.dense.items() if key.endswith(".weight"))}, key=lambda d: precision(d).u)
+
+
+def readable(stage: Stage) -> bool:
+    """Return whether the library's own dequantization follows the grid (else only `quantize.decoded` speaks)."""
+    return decoding(stage).holds
+
+
+def within(stage: Stage, forms: Base) -> bool:
+    """Return whether everything stays clear of overflow, in the base's dtype and inside the quantizer."""
+    limit = quantizers.DECLARED[stage.case.sweep.quantizer].largest / 2
+    return stage.sound(*forms.values()) and all(bool((form.ceiling() <= limit).all()) for form in forms.values())
+
+
+def merged(stage: Stage, name: str) -> Base | None:
+    """Return the merged tensors of a layer with what the grid may cost; None where something may overflow."""
+    forms = quantized.merged(stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage)))
+    return forms if within(stage, forms) else None
+
+
+def judge(stage: Stage, expected: dict[str, Base | None]) -> Measurement | None:
+    """Compare the dense values that are there now with those expected."""
+    tensors = stage.attached.base_values()
+    found = [
+        compare(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], form.value, judged(form, machine=stage.machine.base.store))
+        for name, forms in expected.items()
+        for tensor, form in (forms or {}).items()
+    ]
+    return worst(found) if found else None
+
+
+def decoding(stage: Stage) -> Measurement:
+    """Compare the library's dequantization of what is stored now with the independent one."""
+    quantizer = quantizers.load(stage.case.sweep.quantizer)
+    found = []
+    for spec in stage.case.layers:
+        layer = stage.attached.base_layer(spec.name)
+        form = quantizer.decoded(layer)
+        with torch.no_grad():
+            found.append(compare(f"{spec.name}:dequantized", quantizer.values(layer), form.value, judged(form)))
+    return worst(found)
+
+
+@law(
+    "quantize.decoded",
+    "abs(the library's dequantization - code x scale) <= the roundings on the way",
+    (),
+    "bitsandbytes reads each row's scales from its own blocks on AVX512 CPUs: rows shorter than a block come out wrong",
+    structural=True,
+)
+def decoded(stage: Stage) -> Measurement | None:
+    """Decode codes and scales outside the library, and compare."""
+    return decoding(stage)
+
+
+@law(
+    "quantize.merge_budget",
+    "abs(DQ(merged) - (DQ(W) + D)) <= b(T) + roundings of the merge",
+    (Op.MERGE,),
+    "a warning of 'rounding errors' is all that users get; this is what the grid makes unavoidable",
+)
+def merge_budget(stage: Stage) -> Measurement | None:
+    """Merge all adapters and compare with the closed form, each merge requantized."""
+    if not readable(stage):
+        return None
+    merge_all(stage)
+    return judge(stage, {name: merged(stage, name) for name in stage.targeted})
+
+
+@law(
+    "quantize.roundtrip_budget",
+    "abs(DQ(unmerged) - DQ(W)) <= b(T) + b(U) + roundings",
+    (Op.MERGE, Op.UNMERGE),
+    "unmerging requantizes once more: it does not restore the weights, and may not drift further than two steps",
+)
+def roundtrip_budget(stage: Stage) -> Measurement | None:
+    """Merge, unmerge, and compare with the start."""
+    return _cycled(stage, 1)
+
+
+@law(
+    "quantize.drift",
+    "abs(DQ((unmerge merge)^k) - DQ(W)) <= k (b(T) + b(U)) + roundings",
+    (Op.MERGE, Op.UNMERGE),
+    "weight synchronisation to an inference server merges and unmerges at every step",
+)
+def drift(stage: Stage) -> Measurement | None:
+    """Merge and unmerge several times, and compare with the start."""
+    return _cycled(stage, stage.case.cycles)
+
+
+def _cycled(stage: Stage, cycles: int) -> Measurement | None:
+    if not readable(stage):
+        return None
+    for _ in range(cycles):
+        merge_all(stage)
+        stage.attached.unmerge()
+    forms: dict[str, Base | None] = {}
+    for name in stage.targeted:
+        there = merged(stage, name)
+        back = quantized.cycled(
+            stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage)), cycles
+        )
+        changed = None if back is None or there is None else {key: back[key] for key in there}
+        forms[name] = changed if changed is not None and within(stage, changed) else None
+    return judge(stage, forms)
+
+
+def without_effect(case: Case) -> Case:
+    """Return the case with adapters that change nothing."""
+    return replace(case, profile="zero")
+
+
+@law(
+    "quantize.zero_delta",
+    "an adapter that changes nothing leaves every value bit-equal where the grid is a fixpoint, else within k (b(T) + b(U))",
+    (Op.MERGE, Op.UNMERGE),
+    "a grid whose requantization is not a fixpoint walks away by itself",
+    structural=True,
+)
+def zero_delta(stage: Stage) -> Measurement | None:
+    """Write zeros, merge and unmerge several times, compare with the start."""
+    if not readable(stage):
+        return None
+    quiet = without_effect(stage.case)
+    sites = _silenced(stage, quiet)
+    if sites is None:
+        return None
+    quantizer, adapter_dtype = quantizers.load(stage.case.sweep.quantizer), DTYPES[stage.case.adapter_dtype]
+    proved = {n: quantizer.proved(stage.attached.base_layer(n), adapter_dtype) for n in stage.targeted}
+    for _ in range(stage.case.cycles):
+        merge_all(stage)
+        stage.attached.unmerge()
+    tensors = stage.attached.base_values()
+    found = []
+    for name in stage.targeted:
+        start, now = stage.dense[f"{name}.weight"], tensors[f"{name}.weight"]
+        room = quantized.cycled(
+            stage.machine, stage.formula, sites[name], stage.base(name), rule(stage, coarser(stage)), stage.case.cycles
+        )
+        if room is None:
+            continue
+        exact = proved[name] if stage.formula.delta is not None else torch.zeros_like(proved[name])
+        budget = torch.where(exact, torch.zeros_like(room["weight"].value), judged(room["weight"], machine=stage.machine.base.store))
+        found.append(compare(f"{name}:weight", now.to(start.dtype), start, budget))
+    return worst(found) if found else None
+
+
+def _silenced(stage: Stage, quiet: Case) -> dict | None:
+    """Write values without effect into the adapters; return the sites, or None where the method has no such values."""
+    with torch.no_grad():
+        for index, adapter in enumerate(quiet.adapters):
+            for (site, role), tensor in stage.attached.adapter_tensors(adapter.name).items():
+                hint = stage.formula.hints.get(role, "factor")
+                if hint in ("factor", "scale", "rotation") and tensor.is_floating_point():
+                    tensor.copy_(values.adapter(quiet, index, site, role, tuple(tensor.shape), hint))
+    after = {a.name: stage.attached.adapter_tensors(a.name) for a in quiet.adapters}
+    sites = {
+        name: tuple(stage.site_of(i, name, after[quiet.adapters[i].name]) for i in stage.adapters_on(name)) for name in stage.targeted
+    }
+    for name, own in sites.items():
+        base = stage.base(name)
+        if any(not torch.equal(form.value, base[key].value) for key, form in stage.merge_of(own, base).items() if key in base):
+            return None
+    return sites
+
+
+@law(
+    "quantize.effect",
+    "where abs(D) exceeds what the grid can swallow, the merge moves the weights",
+    (Op.MERGE,),
+    "merging into optimum-quanto's tensors went through and changed nothing",
+)
+def effect(stage: Stage) -> Measurement | None:
+    """Merge, and look whether anything moved on a layer where the grid cannot have swallowed the change."""
+    if not readable(stage):
+        return None
+    merge_all(stage)
+    tensors = stage.attached.base_values()
+    found = []
+    for name in stage.targeted:
+        forms = merged(stage, name)
+        if forms is None or "weight" not in forms:
+            continue
+        start, now = stage.dense[f"{name}.weight"], tensors[f"{name}.weight"]
+        due = (forms["weight"].value - start.double()).abs() > forms["weight"].bound
+        if not bool(due.any()):
+            continue  # below the step: the grid may swallow all of it
+        if now.shape == start.shape and bool((now == start).all()):
+            share = 100 * float(due.double().mean())
+            found.append(broken(f"{name}:weight", "discarded", f"no value changed, though {share:.0f} % of them had to"))
+        else:
+            found.append(identical(f"{name}:weight", torch.zeros(()), torch.zeros(())))
+    return worst(found) if found else None
+
+
+def changes(stage: Stage, name: str) -> tuple[Tensor, Tensor]:
+    """Return (what the adapters change, what the merge changed) of a layer's weight, fp64."""
+    start = stage.dense[f"{name}.weight"].double()
+    due = stage.merged(name)["weight"].value - start
+    return due, stage.attached.base_values()[f"{name}.weight"].double() - start

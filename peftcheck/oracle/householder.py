@@ -34,18 +34,19 @@ def reflections(ar: Arithmetic, u: Bounded, backwards: bool = False) -> Bounded:
 
     An elementwise bound grows threefold with every reflection; but a reflection leaves norms alone. With P' = P + E
     the machine's product, P' H + f is off by E H + f, where f is what this step adds: the rounding, and u' - u. Row
-    by row norm2(E H) = norm2(E), which bounds every element of the row: the smaller of the two bounds holds.
+    by row norm2(E H + f) <= norm2(E) + norm2(f), which bounds every element of the row: the smaller bound holds.
     """
     n, r = u.value.shape
     unit = normalised(ar, u)
-    product = Bounded(torch.eye(n, dtype=torch.float64))
+    product, rows = Bounded(torch.eye(n, dtype=torch.float64)), torch.zeros(n, 1, dtype=torch.float64)
     for index in reversed(range(r)) if backwards else range(r):
         v = _column(unit, index)
         stepped = ar.sub(product, _reflected(ar, product, v))
         size = Bounded(product.ceiling())
         fresh = ar.add(size, _reflected(ar, size, replace(v, value=v.value.abs()))).bound
-        rotated = torch.linalg.vector_norm(product.bound, dim=1, keepdim=True)
-        product = replace(stepped, error=torch.fmin(stepped.bound, rotated + fresh))
+        rows = rows + torch.linalg.vector_norm(fresh, dim=1, keepdim=True)
+        rows = torch.fmin(rows, torch.linalg.vector_norm(stepped.bound, dim=1, keepdim=True))
+        product = replace(stepped, error=torch.fmin(stepped.bound, rows))
     return product
 
 

@@ -80,7 +80,7 @@ BAT = Formula(
     Family.SHARDS,
     bat_merge,
     bat_forward,
-    "Kang, Bone: Block-Affine Adaptation of Large Language Models, 2024, section 3.2 (Bat): W + W D + D, block by block",
+    "Kang, Bone: Block-Affine Adaptation of Large Language Models, 2024, section 3.2 (Bat): W + W D + D for each block",
     dyadic=False,
 )
 

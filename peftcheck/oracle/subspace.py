@@ -80,7 +80,7 @@ def _strength(m: Machine, site: Site) -> Bounded:
 
 
 def delora_delta(m: Machine, site: Site) -> dict[str, Bounded]:
-    """Return (lambda / r) sum_i b_i a_i^T / (norm(a_i) norm(b_i)), its columns times the norms of the base's columns."""
+    """Return (lambda / r) sum_i b_i a_i^T / (norm(a_i) norm(b_i)), each column times that of the base."""
     ar, tensors = m.adapter, site.tensors
     change = ar.matmul(ar.mul(tensors["B"], _strength(m, site)), tensors["A"])
     return {"weight": ar.mul(change, tensors["norm"])}
@@ -97,8 +97,8 @@ def delora_path(m: Machine, site: Site, x: Bounded) -> Bounded:
 DELORA = additive(
     delora_delta,
     delora_path,
-    "Bini et al., DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, 2025, eq. 7 and 8, with the norm of each "
-    "column of the base in place of that of the whole, as documented",
+    "Bini et al., DeLoRA: Decoupling Angles and Strength in Low-rank Adaptation, 2025, eq. 7 and 8, with the norm of "
+    "each column of the base in place of that of the whole, as documented",
     # never near zero: a component without a direction has no norm to divide by; lambda carries the zero profile
     hints={"A": "scale", "B": "scale", "norm": "keep"},
     dyadic=False,

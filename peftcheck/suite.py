@@ -306,7 +306,7 @@ class _Tally:
     def wants(self, exact: bool, profile: Profile, dyadic: bool) -> bool:
         if exact:
             return dyadic and self.exact < profile.exact
-        return self.native < profile.native or (not self.moving and not self.law.structural and self.exact == 0)
+        return self.native < profile.native or (not self.moving and not self.law.structural)
 
     def add(self, case: Case, exact: bool, outcome: Outcome, seconds: float) -> None:
         self.seconds += seconds

@@ -118,12 +118,11 @@ def rejects(stage: Stage) -> Measurement | None:
     if poisoned is None:
         return None
     error = merge_poisoned(stage, poisoned)
-    where = f"{poisoned.site}:{poisoned.role}"
-    what = f"{stage.case.poison.value} in {poisoned.role} of '{stage.names[poisoned.adapter]}' at {poisoned.site}"
     if poisoned.verdict == "refuse":
-        return NOTHING if error else broken(where, f"accepted {stage.case.poison.value}", f"{what}: safe_merge accepted it")
+        return NOTHING if error else _accepted(stage, poisoned)
     if error is not None:
-        return broken(where, "refused", f"{what}: refused though the merge is finite: {error}") if poisoned.verdict == "accept" else None
+        note = f"{_what(stage, poisoned)}: refused though the merge is finite: {error}"
+        return broken(f"{poisoned.site}:{poisoned.role}", "refused", note) if poisoned.verdict == "accept" else None
     if poisoned.verdict == "open":
         return None
     tensors = stage.attached.base_values()
@@ -135,12 +134,21 @@ def rejects(stage: Stage) -> Measurement | None:
     return worst(found)
 
 
-def _refused(stage: Stage) -> tuple[Poisoned, Exception] | None:
+def _what(stage: Stage, poisoned: Poisoned) -> str:
+    return f"{stage.case.poison.value} in {poisoned.role} of '{stage.names[poisoned.adapter]}' at {poisoned.site}"
+
+
+def _accepted(stage: Stage, poisoned: Poisoned) -> Measurement:
+    """Return the measurement of a merge that had to be refused and was not: every law on refusals is broken by it."""
+    symptom = "accepted overflow" if stage.case.poison.value in ("overflow", "tame") else "accepted non-finite"
+    return broken(f"{poisoned.site}:{poisoned.role}", symptom, f"{_what(stage, poisoned)}: safe_merge accepted it")
+
+
+def _refused(stage: Stage) -> tuple[Poisoned, Exception | None] | None:
     poisoned = administer(stage)
     if poisoned is None or poisoned.verdict != "refuse":
         return None
-    error = merge_poisoned(stage, poisoned)
-    return None if error is None else (poisoned, error)
+    return poisoned, merge_poisoned(stage, poisoned)
 
 
 @law(
@@ -154,7 +162,9 @@ def atomic(stage: Stage) -> Measurement | None:
     refused = _refused(stage)
     if refused is None:
         return None
-    poisoned, _ = refused
+    poisoned, error = refused
+    if error is None:
+        return _accepted(stage, poisoned)
     merged = stage.attached.merged().get(poisoned.site, ())
     if stage.names[poisoned.adapter] in merged:
         return broken(f"{poisoned.site}:module", "marked merged", f"{poisoned.site} is marked merged after a refusal")
@@ -183,7 +193,7 @@ def all_or_nothing(stage: Stage) -> Measurement | None:
         return None
     error = attempt(stage, lambda: stage.attached.merge(stage.names, safe=True))
     if error is None:
-        return None
+        return _accepted(stage, poisoned)
     changed = worst(_unchanged(stage, lambda key: True))
     marked = [name for name, adapters in stage.attached.merged().items() if adapters]
     if changed.holds and not marked:
@@ -205,6 +215,8 @@ def names(stage: Stage) -> Measurement | None:
     if refused is None:
         return None
     poisoned, error = refused
+    if error is None:
+        return _accepted(stage, poisoned)
     name = stage.names[poisoned.adapter]
     if re.search(rf"(?<![\w]){re.escape(name)}(?![\w])", str(error)):
         return NOTHING

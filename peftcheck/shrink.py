@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from peftcheck.candidate import Candidate
 from peftcheck.case import Case, encode
 from peftcheck.errors import HarnessError
 from peftcheck.implementation import Implementation, Variant
 from peftcheck.law import Law
 from peftcheck.outcome import PASS, Outcome
 from peftcheck.reductions import REDUCTIONS
+from peftcheck.reductions.candidate import Candidate
 
 Check = Callable[[Implementation, Case, Sequence[Law]], Sequence[Outcome]]
 SEEDS = (0, 1, 2, 3)

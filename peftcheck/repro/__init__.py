@@ -33,10 +33,10 @@ def standalone(implementation: Implementation, case: Case, law: Law) -> str | No
 
     It builds the model, attaches by the library's public API, writes every tensor, does what the law does, prints
     found, expected and difference, and exits 1 if the defect shows, 0 if not. Expected values that come from the
-    closed form stand in it as literals. None: the case does not fail, the implementation spells nothing, the law
-    or its symptom is not covered.
+    closed form stand in it as literals. None: the case does not fail, the implementation spells nothing, the base
+    is quantized, the law or its symptom is not covered.
     """
-    if not isinstance(implementation, Speller):
+    if not isinstance(implementation, Speller) or case.sweep.quantizer is not None:
         return None
     (outcome,) = engine.check(implementation, case, [law])
     if not outcome.failed:

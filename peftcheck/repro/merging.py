@@ -18,7 +18,7 @@ def _roundtrip(scene: Scene, cycles: int) -> list[str]:
     stage = scene.stage
     once = [*scene.merges(), scene.say.unmerge]
     act = once if cycles == 1 else [f"for _ in range({cycles}):", *indented(once)]
-    allowed = cycles * stage.roundtrip(scene.site)[scene.tensor]
+    allowed = stage.roundtrip(scene.site, cycles=cycles)[scene.tensor]
     if stage.variant.inverts is Inverts.EXACT:
         allowed = torch.zeros_like(allowed)
     return [f"expected = {scene.current()}", *act, f"found = {scene.current()}", *compared(None, allowed)]
@@ -68,7 +68,7 @@ def delta(scene: Scene) -> list[str]:
     stage = scene.stage
     form = stage.formula.delta(stage.machine, stage.site(0, scene.site))["weight"]
     allowed = form.bound + stage.merged(scene.site, (0,))["weight"].bound
-    if form.error is not None:
+    if stage.merged(scene.site, (0,))["weight"].error is not None:
         allowed = allowed + 2.0**-53 * form.ceiling()
     return [
         f"found = {scene.say.delta(scene.site, stage.names[0])}.detach()",

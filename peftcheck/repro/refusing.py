@@ -109,13 +109,14 @@ def agrees(scene: Scene) -> list[str]:
     )
     lines = [f"start, results = {scene.current()}, []", "for safe in (False, True):"]
     each = [
-        scene.say.merge(stage.names, False).replace("False", "safe"),
-        f"merged = {scene.current()}",
-        scene.say.unmerge,
-        f"results.append(torch.stack([merged, {scene.current()}]))",
         f"{scene.say.base(scene.site, scene.tensor)}.data.copy_(start)",
+        scene.say.merge(stage.names, False).replace("False", "safe"),
+        f"results.append({scene.current()})",
+        scene.say.unmerge,
+        f"results.append({scene.current()})",
     ]
-    return [*lines, *indented(each), "expected, found = results", *compared(None, allowed)]
+    halves = "expected, found = torch.stack(results[:2]), torch.stack(results[2:])"
+    return [*lines, *indented(each), halves, *compared(None, allowed)]
 
 
 def refused_merge(scene: Scene) -> list[str]:

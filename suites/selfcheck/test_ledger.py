@@ -30,7 +30,12 @@ def case(layer="linear", dtype="float64", variant="twist", **fields) -> Case:
 
 
 def outcome(status=VIOLATION, fingerprint=PRINT, law="merge.roundtrip") -> Outcome:
-    return Outcome(law, status, fingerprint=fingerprint if status in (VIOLATION, ERROR) else None, message="what was found")
+    return Outcome(
+        law,
+        status,
+        fingerprint=fingerprint if status in (VIOLATION, ERROR) else None,
+        message="what was found",
+    )
 
 
 @dataclass
@@ -75,7 +80,9 @@ def toml(value) -> str:
 
 
 def write(path: Path, *entries: dict) -> Path:
-    path.write_text("\n".join(["[[issue]]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in e.items()) for e in entries]))
+    path.write_text(
+        "\n".join(["[[issue]]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in e.items()) for e in entries])
+    )
     return path
 
 
@@ -86,7 +93,9 @@ def path(tmp_path):
 
 def court(path, library, *entries) -> ledger.Court:
     laws = [Law(name, "", (), lambda stage: None, "") for name in LAWS]
-    return ledger.Court(ledger.load(write(path, *(entries or (entry(),))), LAWS), library, laws, library.check)
+    return ledger.Court(
+        ledger.load(write(path, *(entries or (entry(),))), LAWS), library, laws, library.check
+    )
 
 
 SWEEP = case().sweep
@@ -141,7 +150,10 @@ def test_a_witness_that_holds_is_fixed_but_listed_and_absorbs_nothing(path):
 
 @pytest.mark.parametrize(
     "answer",
-    [outcome(ERROR, "crash|twist|KeyError in twist.py:merge"), outcome(fingerprint="merge.roundtrip|twist|bias|numeric")],
+    [
+        outcome(ERROR, "crash|twist|KeyError in twist.py:merge"),
+        outcome(fingerprint="merge.roundtrip|twist|bias|numeric"),
+    ],
     ids=["raises", "another fingerprint"],
 )
 def test_a_witness_that_fails_otherwise_is_an_error_never_absorbed(path, answer):
@@ -160,14 +172,26 @@ def test_a_witness_of_which_the_law_says_nothing_is_an_error(path):
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"where": {"variant": "twirl"}, "witness": encode(case(variant="twirl"), "merge.roundtrip"),
-          "fingerprint": "merge.roundtrip|twirl|weight|numeric"}, "where.variant: stale"),
+        (
+            {
+                "where": {"variant": "twirl"},
+                "witness": encode(case(variant="twirl"), "merge.roundtrip"),
+                "fingerprint": "merge.roundtrip|twirl|weight|numeric",
+            },
+            "where.variant: stale",
+        ),
         ({"where": {"variant": ["twist", "twirl*"], "layer": "linear"}}, "'twirl*'"),
         ({"where": {"variant": "twist", "layer": ["linear", "embedding"]}}, "where.layer: stale"),
-        ({"where": {}, "fingerprint": "merge.roundtrip|*|weight|numeric",
-          "witness": encode(case("conv3d"), "merge.roundtrip")}, "witness: stale"),
+        (
+            {
+                "where": {},
+                "fingerprint": "merge.roundtrip|*|weight|numeric",
+                "witness": encode(case("conv3d"), "merge.roundtrip"),
+            },
+            "witness: stale",
+        ),
     ],
-)  # fmt: skip
+)
 def test_an_issue_that_matches_nothing_is_refused_as_stale(path, changes, says):
     library = Fake()
     with pytest.raises(UsageError, match="stale") as raised:
@@ -185,7 +209,9 @@ def test_an_unknown_field_and_a_witness_outside_where_are_refused_when_read(path
 
 def test_another_version_makes_an_issue_inactive_and_the_law_must_hold(path):
     library = Fake(version="2.0")
-    one = court(path, library, entry(), entry(id="gone", where={"variant": ["twist", "older"], "layer": "linear"}))
+    one = court(
+        path, library, entry(), entry(id="gone", where={"variant": ["twist", "older"], "layer": "linear"})
+    )
     assert one.verdict("twisted") == one.verdict("gone") == "inactive"
     assert one.rule("merge.roundtrip", SWEEP, [(outcome(), case())]).status == "violation"
     assert one.rule("merge.roundtrip", SWEEP, []).status == "pass"
@@ -209,7 +235,10 @@ def test_one_root_cause_may_name_several_laws_and_fingerprints(path):
     crash = outcome(ERROR, "crash|twist|KeyError in twist.py:merge")
     one = court(path, Fake({"float32": crash}), entry(law="merge.*", fingerprint=prints, witness=tokens))
     assert one.verdict("twisted") == "known"
-    assert one.absorbs(outcome(law="merge.oracle", fingerprint="merge.oracle|twist|weight|numeric"), case()) == "twisted"
+    assert (
+        one.absorbs(outcome(law="merge.oracle", fingerprint="merge.oracle|twist|weight|numeric"), case())
+        == "twisted"
+    )
     assert one.absorbs(crash, case()) == "twisted"
     assert one.absorbs(outcome(fingerprint="merge.roundtrip|twist|bias|numeric"), case()) is None
 
@@ -363,7 +392,11 @@ def test_where_covers_what_its_conditions_say(table, covered):
 
 
 def test_conditions_on_a_layer_and_an_adapter_speak_of_one_pair():
-    layers = (LayerSpec("a", "linear", 2, 2, bias=True), LayerSpec("b", "linear", 5, 2), LayerSpec("c", "linear", 9, 2))
+    layers = (
+        LayerSpec("a", "linear", 2, 2, bias=True),
+        LayerSpec("b", "linear", 5, 2),
+        LayerSpec("c", "linear", 9, 2),
+    )
     adapters = (AdapterSpec("x", (0,), rank=1), AdapterSpec("y", (1,), rank=4))
     both = replace(case(), layers=layers, adapters=adapters)
     assert parse({"bias": True, "rank": 1}).covers(both)
@@ -382,12 +415,29 @@ def test_a_value_that_no_field_can_have_is_refused():
 @pytest.mark.parametrize(
     ("found", "severity"),
     [
-        (Outcome("merge.roundtrip", VIOLATION, Measurement(9.0, 9.0, "a:weight"), fingerprint=PRINT, message='"said"\n\x7f\\'), "silent numbers"),
+        (
+            Outcome(
+                "merge.roundtrip",
+                VIOLATION,
+                Measurement(9.0, 9.0, "a:weight"),
+                fingerprint=PRINT,
+                message='"said"\n\x7f\\',
+            ),
+            "silent numbers",
+        ),
         (Outcome("merge.roundtrip", ERROR, fingerprint="crash|twist|KeyError in [x].py:merge"), "crash"),
-        (Outcome("merge.roundtrip", VIOLATION, Measurement(9.0, 9.0, "", "half merged"), fingerprint=PRINT), "corrupted state"),
-        (Outcome("merge.roundtrip", VIOLATION, Measurement(9.0, 9.0, "", "unnamed"), fingerprint=PRINT), "contract"),
+        (
+            Outcome(
+                "merge.roundtrip", VIOLATION, Measurement(9.0, 9.0, "", "half merged"), fingerprint=PRINT
+            ),
+            "corrupted state",
+        ),
+        (
+            Outcome("merge.roundtrip", VIOLATION, Measurement(9.0, 9.0, "", "unnamed"), fingerprint=PRINT),
+            "contract",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_printed_entry_is_one_that_reads_and_absorbs(path, found, severity):
     text = ledger.entry_text(case(), "merge.roundtrip", found, "1.4", datetime.date(2026, 1, 2))
     path.write_text(text)
@@ -410,7 +460,17 @@ def test_there_is_no_entry_for_what_holds():
 def test_the_documented_inexactness_of_ia3_is_known_and_an_entry_for_it_is_strict(path):
     layer = LayerSpec("a", "linear", 1, 1)
     adapter = AdapterSpec("default", (0,), options=(("feedforward", False),))
-    one = Case(Sweep("peft", "ia3", "linear", "float64"), 0, 0, (layer,), (adapter,), "float64", "dyadic", values=3, batch=(1,))
+    one = Case(
+        Sweep("peft", "ia3", "linear", "float64"),
+        0,
+        0,
+        (layer,),
+        (adapter,),
+        "float64",
+        "dyadic",
+        values=3,
+        batch=(1,),
+    )
     library, laws = Peft(), law.laws()
     (found,) = engine.check(library, one, law.laws("merge.roundtrip"))
     assert found.fingerprint == "merge.roundtrip|ia3|ia3.epsilon"
@@ -419,6 +479,10 @@ def test_the_documented_inexactness_of_ia3_is_known_and_an_entry_for_it_is_stric
     assert (read.issues[0].kind, read.issues[0].bound) == ("documented", "ia3.epsilon")
     known = ledger.Court(read, library, laws)
     assert known.verdict(read.issues[0].id) == "known" and known.absorbs(found, one)
-    single = replace(one, sweep=replace(one.sweep, dtype="float32"), adapter_dtype="float32")  # s + 1e-8 is s there
-    path.write_text(path.read_text().replace(encode(one, "merge.roundtrip"), encode(single, "merge.roundtrip")))
+    single = replace(
+        one, sweep=replace(one.sweep, dtype="float32"), adapter_dtype="float32"
+    )  # s + 1e-8 is s there
+    path.write_text(
+        path.read_text().replace(encode(one, "merge.roundtrip"), encode(single, "merge.roundtrip"))
+    )
     assert ledger.Court(ledger.load(path), library, laws).verdict(read.issues[0].id) == "fixed"

@@ -16,7 +16,8 @@ from peftcheck.spelling import Spelling, text
 _DEFINITIONS = {
     "base": (
         "def base(name):  # the layer inside PEFT's wrapper",
-        '    return getattr(layer(name), "get_base_layer", lambda: layer(name))()',
+        '    module = model.get_submodule("base_model.model." + name)',
+        '    return getattr(module, "get_base_layer", lambda: module)()',
     ),
     "layer": (
         "def layer(name):",
@@ -38,7 +39,8 @@ def spelling(case: Case, method: Method) -> Spelling:
     ]
     if others:
         attach.append(f"model.base_model.set_adapter({_list([adapter.name for adapter in case.adapters])})")
-    attach.append(f"model.{'train' if case.train else 'eval'}()")
+    mode = "train" if case.train else "eval"
+    attach = [*attach, f"model.{mode}()"] if others else [f"{attach[0]}.{mode}()"]
     return Spelling(
         imports=(f"from peft import {', '.join((*names, 'get_peft_model'))}",),
         attach=tuple(attach),
@@ -66,8 +68,7 @@ def _list(items: Sequence[str]) -> str:
 
 def _classes(config: Any) -> list[str]:
     """Return the names of the classes that a configuration's source names."""
-    nested = [getattr(config, field.name) for field in dataclasses.fields(config)]
-    inner = [name for value in nested if _is_config(value) for name in _classes(value)]
+    inner = [name for value in _given(config).values() if _is_config(value) for name in _classes(value)]
     return [type(config).__name__, *inner]
 
 
@@ -84,17 +85,30 @@ def _default(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
+def _given(config: Any) -> dict[str, Any]:
+    """Return the arguments that make the configuration: neither defaults nor what it works out by itself."""
+    values = {field.name: getattr(config, field.name) for field in dataclasses.fields(config) if field.init}
+    usual = {field.name: _default(field) for field in dataclasses.fields(config)}
+    given = {name: value for name, value in values.items() if value != usual[name]}
+    for name in tuple(given):
+        fewer = {key: value for key, value in given.items() if key != name}
+        if _makes(type(config), fewer, config):
+            given = fewer
+    return given
+
+
+def _makes(kind: type, arguments: dict[str, Any], config: Any) -> bool:
+    try:
+        return kind(**arguments) == config
+    except (TypeError, ValueError):
+        return False  # the configuration insists on what was left out
+
+
 def source(value: Any) -> str:
     """Return an expression for a configuration (only what differs from its defaults) or for one of its fields."""
     if _is_config(value):
-        given = {
-            field.name: getattr(value, field.name)
-            for field in dataclasses.fields(value)
-            if field.init and getattr(value, field.name) != _default(field)
-        }
-        return (
-            f"{type(value).__name__}({', '.join(f'{name}={source(item)}' for name, item in given.items())})"
-        )
+        arguments = ", ".join(f"{name}={source(item)}" for name, item in _given(value).items())
+        return f"{type(value).__name__}({arguments})"
     if isinstance(value, str) and not isinstance(value, Enum):
         return text(value)
     if isinstance(value, Enum):

@@ -7,11 +7,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from peftcheck.candidate import Candidate, Reduction, smaller
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Poison
 from peftcheck.implementation import Variant
-from peftcheck.layer_reductions import layer_fields
 from peftcheck.oracle import FORMULAS
+from peftcheck.reductions.candidate import Candidate, Reduction, smaller
+from peftcheck.reductions.layer import layer_fields
 
 _LAYER_NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 _ADAPTER_NAMES = ("default", "second", "third", "fourth")

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
-from peftcheck.candidate import Candidate, smaller
 from peftcheck.case import CONVOLUTIONS, Case, LayerSpec
 from peftcheck.implementation import Variant
+from peftcheck.reductions.candidate import Candidate, smaller
 
 
 def layer_fields(case: Case, variant: Variant) -> list[Candidate]:

@@ -14,6 +14,11 @@ from torch import nn
 from peftcheck.case import Case
 from peftcheck.implementation import Attached, Implementation, Variant
 
+REFUSALS = (
+    ValueError,
+    TypeError,
+    RuntimeError,
+)  # what libraries raise to refuse; NotImplementedError is of the last
 Operation = Callable[..., Any]
 Attach = Callable[[Implementation, nn.Module, Case], Attached]
 

@@ -28,13 +28,15 @@ class FaultResult:
     """What became of a fault.
 
     `cases`: on how many it was tried; none where the implementation has nothing that suits it. `kills`: on how many
-    of them each law failed with the fault and held without. `token` replays the first kill (without the fault the law
-    holds there).
+    of them each law failed with the fault and held without. `masked`: laws that must catch it and never held without
+    it, so that they could not (the library itself has the defect). `token` replays the first kill (without the
+    fault the law holds there).
     """
 
     fault: Fault
     cases: int
     kills: tuple[tuple[str, int], ...]
+    masked: tuple[str, ...] = ()
     token: str | None = None
 
     @property
@@ -49,8 +51,8 @@ class FaultResult:
 
     @property
     def survived(self) -> bool:
-        """Whether it was tried and no law caught it."""
-        return self.tried and not self.kills
+        """Whether it was tried and no law caught it though one could have."""
+        return self.tried and not self.kills and not self.masked
 
 
 def kill_matrix(
@@ -70,9 +72,15 @@ def kill_matrix(
 
 
 def idle(results: Sequence[FaultResult], laws: Sequence[Law]) -> tuple[str, ...]:
-    """Return the laws that caught no fault: they prove nothing until one is found that they catch."""
+    """Return the laws that caught no fault: they prove nothing until one is found that they catch.
+
+    Laws that had no chance are left out: masked, or none of whose faults suits the implementation.
+    """
+    chance = {name for result in results if result.tried for name in result.fault.laws}
+    hopeless = {name for result in results for name in result.fault.laws} - chance
+    hopeless |= {name for result in results for name in result.masked}
     caught = {name for result in results for name in result.laws}
-    return tuple(law.name for law in laws if law.name not in caught)
+    return tuple(law.name for law in laws if law.name not in caught | hopeless)
 
 
 def records(results: Sequence[FaultResult]) -> tuple[FaultRecord, ...]:
@@ -95,18 +103,23 @@ def _try(
 ) -> FaultResult:
     faulty = Faulty(implementation, fault)
     kills: dict[str, int] = {}
+    held: set[str] = set()
+    failing: set[str] = set()
     token, tried = None, 0
     for case in suitable(implementation, fault, count, seed):
         tried += 1
         key = encode(case, "")
         if key not in sound:
             sound[key] = {outcome.law: outcome.status for outcome in _check(implementation, case, laws)}
+        held |= {law for law, status in sound[key].items() if status == PASS}
+        failing |= {law for law, status in sound[key].items() if status in (VIOLATION, ERROR)}
         for outcome in _check(faulty, case, laws):
             if outcome.failed and sound[key].get(outcome.law) == PASS:
                 _own_crash(fault, outcome)
                 kills[outcome.law] = kills.get(outcome.law, 0) + 1
                 token = token or encode(case, outcome.law)
-    return FaultResult(fault, tried, tuple(sorted(kills.items())), token)
+    masked = tuple(sorted((failing - held) & set(fault.laws)))
+    return FaultResult(fault, tried, tuple(sorted(kills.items())), masked, token)
 
 
 def _check(implementation: Implementation, case: Case, laws: Sequence[Law]) -> list[Outcome]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from peftcheck.case import Case
-from peftcheck.faults.fault import Fault, Port, replacing
+from peftcheck.faults.fault import REFUSALS, Fault, Port, replacing
 from peftcheck.faults.tensors import own, targeted
 from peftcheck.implementation import Attached, Implementation
 
@@ -14,14 +14,14 @@ from peftcheck.implementation import Attached, Implementation
 def _accepts(port: Port, adapters=None, safe=False) -> None:
     try:
         port.inner.merge(adapters, safe)
-    except ValueError:
+    except REFUSALS:
         return
 
 
 def _writes(port: Port, adapters=None, safe=False) -> None:
     try:
         port.inner.merge(adapters, safe)
-    except ValueError:
+    except REFUSALS:
         with torch.no_grad():
             next(iter(own(port, "weight").values())).add_(1)
         raise
@@ -30,14 +30,14 @@ def _writes(port: Port, adapters=None, safe=False) -> None:
 def _crashes(port: Port, adapters=None, safe=False) -> None:
     try:
         port.inner.merge(adapters, safe)
-    except ValueError as error:
+    except REFUSALS as error:
         raise AttributeError("'NoneType' object has no attribute 'data'") from error
 
 
 def _marks_bias(port: Port, adapters=None, safe=False) -> None:
     try:
         port.inner.merge(adapters, safe)
-    except ValueError:
+    except REFUSALS:
         port.notes["refused"] = True
         raise
 
@@ -56,7 +56,7 @@ def _refusing(spoil):
     def attach(implementation: Implementation, model: nn.Module, case: Case) -> Attached:
         try:
             return implementation.attach(model, case)
-        except (TypeError, ValueError) as error:
+        except REFUSALS as error:
             spoil(model, error)
             raise
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peftcheck.case import Case
-from peftcheck.faults.fault import Fault, Operation, Port, replacing
+from peftcheck.faults.fault import REFUSALS, Fault, Operation, Port, replacing
 from peftcheck.faults.tensors import copies, finite, next_up, own, write
 
 
@@ -33,7 +33,7 @@ def _refused(after: Callable[[Port, tuple[str, ...], Exception], None]) -> dict[
         names = _names(port, adapters)
         try:
             port.inner.merge(names, safe)
-        except ValueError as error:
+        except REFUSALS as error:
             if not safe:
                 raise
             after(port, names, error)

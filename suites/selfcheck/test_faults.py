@@ -78,11 +78,15 @@ def test_a_fault_that_changes_nothing_survives_and_is_recorded_so() -> None:
 
 def test_a_fault_that_nothing_suits_is_untried_rather_than_killed() -> None:
     (result,) = kill_matrix(
-        REFERENCE, [Fault("none", "", "control", (), replacing(), variants=("absent",))], laws(), 3
+        REFERENCE,
+        [Fault("none", "", "control", ("merge.oracle",), replacing(), variants=("absent",))],
+        laws(),
+        3,
     )
     assert not result.tried
     assert not result.survived
     assert records([result]) == ()
+    assert idle([result], laws("merge.oracle", "merge.drift")) == ("merge.drift",)
 
 
 def test_a_law_that_fails_anyway_kills_nothing() -> None:
@@ -94,6 +98,9 @@ def test_a_law_that_fails_anyway_kills_nothing() -> None:
     (result,) = kill_matrix(broken, [harmless], laws("merge.isolated"), cases=4)
     assert result.tried
     assert result.kills == ()
+    assert result.masked == ("merge.isolated",)
+    assert not result.survived
+    assert idle([result], laws("merge.isolated")) == ()
 
 
 def test_a_crash_of_the_fault_itself_is_the_harness_at_fault() -> None:

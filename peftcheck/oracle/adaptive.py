@@ -55,7 +55,7 @@ FORMULAS = {
     "adalora": additive(
         delta,
         path,
-        "Zhang et al., AdaLoRA, 2023, eq. 3: W + P diag(E) Q; the scale alpha / (r + 1e-5) is that of the authors' code",
+        "Zhang et al., AdaLoRA, 2023, eq. 3: W + P diag(E) Q, times alpha / (r + 1e-5) as in the authors' code",
         hints={"ranknum": "keep"},
         dyadic=False,
     )

@@ -10,7 +10,7 @@ import torch
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, LayerSpec
 from peftcheck.oracle.additive import additive
 from peftcheck.oracle.form import Machine, Site
-from peftcheck.oracle.layers import convolve, linear_map, oriented, pointwise, scaled_lookup, with_bias
+from peftcheck.oracle.layers import convolve, oriented, pointwise, scaled_lookup, with_bias
 from peftcheck.rounding import Bounded
 
 

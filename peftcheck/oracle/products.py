@@ -78,7 +78,7 @@ def lokr(m: Machine, site: Site) -> dict[str, Bounded]:
     D comes as a matrix (k, n * kernel) it is the kernel unfolded over its inputs.
     """
     spec = site.spec
-    out, width, *kernel = _weight_shape(spec)
+    out, width = _weight_shape(spec)[:2]
     c, d = _kronecker_factor(m, site, 1), _kronecker_factor(m, site, 2)
     rows, columns = c.value.shape
     c = c.map(lambda t: t.reshape(rows, 1, columns, 1, 1))
@@ -90,7 +90,7 @@ FORMULAS = {
     "loha": additive(
         loha,
         path_of(loha),
-        "Hyeon-Woo et al., FedPara, 2021, propositions 1 and 3; scaled by alpha / r as Yeh et al., LyCORIS, 2023, eq. 3",
+        "Hyeon-Woo et al., FedPara, 2021, propositions 1 and 3, scaled by alpha / r as in Yeh et al., LyCORIS, 2023",
     ),
     "lokr": additive(
         lokr,

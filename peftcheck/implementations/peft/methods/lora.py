@@ -64,7 +64,11 @@ def claim_dora(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
 
 
 METHODS = (
-    Method(Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim, combinations=combinations.LORA), configured(), ROLES),
+    Method(
+        Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim, combinations=combinations.LORA),
+        configured(),
+        ROLES,
+    ),
     Method(
         Variant(
             "lora.rslora",

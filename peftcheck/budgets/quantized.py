@@ -150,45 +150,49 @@ def rows_through_half(value: Tensor, error: Tensor, store: Precision) -> Tensor:
     return bound + stored(size + bound, store)
 
 
-def symmetric(value: Tensor, error: Tensor, steps: float, least: float, store: Precision, held: Precision, block: int | None = None) -> Tensor:
-    """Bound symmetric integer codes with scale s = max(amax / steps, least) for each row, or each `block` of one.
+def symmetric(value: Tensor, error: Tensor, steps: float, least: float, store: Precision, quotient: Precision) -> Tensor:
+    """Bound symmetric int8 codes, at most 127, with a scale s = max(amax / steps, least) for each row.
 
-    With 127.5 steps the largest magnitude falls half a step beyond 127, with 127 upon it: nothing is clipped by more
-    than half a step, and abs(DQ - T) <= s / 2. `least` is the smallest scale: rows below least x steps err by
-    least / 2 all the same. Where the scale is held in `held` (unit roundoff w), it is off by w s: the codes are
-    computed with the held scale, and the largest of them may have to be clipped by steps w s more; T / s is rounded,
-    127.5 (w + 2v) steps, and so is the product, w steps of it.
+    Codes are round(T / s): half a step. With 127.5 steps the largest magnitude lies half a step beyond 127, with 127
+    upon it, so that clipping costs no more; but s is rounded to the dtype of T (unit roundoff w, smallest subnormal
+    e), s' = s (1 +- w) +- e, and where it came out small what is clipped is abs(T) - 127 s'. `quotient` is the
+    dtype in which T / s' is formed, two roundings (a reciprocal and a product): 2 x 127.5 of its u in steps. The product
+    k s' is rounded once, to storage; half-precision stores hold every code exactly.
+    `least`: rows below least x steps err by least / 2 all the same.
     """
-    shape = value.shape
-    if block is not None:
-        value, error = value.reshape(-1, block), error.reshape(-1, block)
     size = value.abs() + error
-    w = held.roundoff if held.u != V else V
-    scale = torch.clamp(size.amax(1, keepdim=True) / steps, min=least) * (1 + 2 * w)
-    lost = steps * (2 * w + 3 * V) if held.u == V else steps * 3 * w
-    bound = scale * (0.5 + lost) + held.eta * steps
-    bound = bound + stored(size + bound, store)
-    return bound.reshape(shape)
+    w, e = (store.roundoff, store.eta) if store.u != V else (V, 0.0)
+    top = torch.clamp(size.amax(1, keepdim=True) / steps, min=least)
+    bottom = torch.clamp((value.abs() - error).amax(1, keepdim=True) / steps, min=least)
+    high, low = top * (1 + w) + e, bottom * (1 - w) - e
+    rounded = high * (0.5 + 128 * 2.001 * quotient.u)
+    bound = torch.maximum(rounded, size - 127 * low)
+    return bound + stored(size + bound, store)
 
 
-def affine(value: Tensor, error: Tensor, levels: int, block: int, store: Precision, floor: float = 0.0, widest: float = math.inf) -> Tensor:
-    """Bound codes 0 ... levels on the range of each block of `block` values: s = (max - min) / levels, s / 2 per element.
+def affine(value: Tensor, error: Tensor, levels: int, block: int, held: Precision, narrow: float = 0.0, least: float = 0.0) -> Tensor:
+    """Bound codes k = 0 ... levels on the range of each group of `block` values: s = (max - min) / levels, half a step.
 
-    z = -min / s is held unrounded, codes are round(T / s + z), values (k - z) s. A range that is no larger than `floor`
-    gets s = 1 by definition; scales below 1 / `widest` are not used. Roundings: T / s + z is a sum of two numbers of
-    at most X = max abs(T) / s + levels steps, four roundings on the way, and (k - z) s as many: 8 w X steps, with w
-    the roundoff in which scale and zero are held.
+    Codes are round(T / s + z), z = -min / s, in single precision: four roundings of numbers of at most
+    X = max abs(T) / s + levels steps. Scale and zero are then held in a dtype with roundoff w, in which (k - z) s is
+    computed too: w abs(z) + w abs(k - z) for the zero and the difference, 2 w abs(k - z) for the scale and the
+    product, in steps, where abs(k - z) s <= abs(T) + s / 2 + w abs(z) s.
+
+    A group whose range is at most `narrow` gets s = 1 by definition, hence the code 0 throughout: it errs by its range.
+    Scales below `least` are not used.
     """
     shape = value.shape
     t, e = value.reshape(-1, block), error.reshape(-1, block)
     top, bottom = (t + e).amax(1, keepdim=True), (t - e).amin(1, keepdim=True)
-    span = top - bottom
-    narrowest = (span - 2 * e.amax(1, keepdim=True)).clamp(min=0)
-    scale = (span / levels).clamp(min=1 / widest)
-    scale = torch.where(narrowest <= floor * 1.001, torch.clamp(scale, min=1.0), scale)
-    reach = (t.abs() + e).amax(1, keepdim=True) / scale + 2 * levels
-    bound = scale * (0.5 + 8 * store.roundoff * reach) + 2 * store.eta * levels
-    return (bound + stored(t.abs() + e + bound, store)).reshape(shape)
+    span, w = top - bottom, held.roundoff
+    step = torch.clamp(span / levels, min=max(least, 1e-300))
+    zero = bottom.abs()
+    reach = (t.abs() + e).amax(1, keepdim=True) / step + levels
+    half = step * (0.5 + 4.01 * V * reach)
+    bound = half + w * zero + 3.01 * w * (t.abs() + e + half + w * zero) + held.eta * (levels + 2)
+    flat = (span - 2 * e.amax(1, keepdim=True) <= narrow * 1.001).expand_as(bound)
+    single = span + 2 * w * (zero + span) + held.eta
+    return torch.where(flat, torch.maximum(bound, single), bound).reshape(shape)
 
 
 # what a merge makes of it

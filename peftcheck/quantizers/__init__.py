@@ -97,7 +97,7 @@ def _hqq(bits: int) -> Declared:
 
 
 def _quanto(kind: str, bits: int) -> Declared:
-    return Declared(f"quanto.{kind}", "quanto", "optimum.quanto", "quanto", bits, dtypes=("float32", "bfloat16"))
+    return Declared(f"quanto.{kind}", "quanto", "optimum.quanto", "quanto", bits, dtypes=("float32",))
 
 
 DECLARED: dict[str, Declared] = {

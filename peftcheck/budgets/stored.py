@@ -23,15 +23,20 @@ def roundtrip(m: Machine, formula: Formula, sites: Sequence[Site], base: Base) -
     In half precision a library may add the d_k that it holds in single precision and subtract it rounded (or the other
     way round), whatever dtype the adapter is stored in: each subtraction first takes E <- E + u abs(d_k) + eta / 2.
     """
-    wide = m.base.store.u != m.base.store.a
+    together = _walk(m, _one_by_one(m, formula, sites, base))
+    if formula.merge_many is None:
+        return together
+    # where a change depends on the weight that it meets, several at once and one by one store different stages
+    apart = _walk(m, [base, *({**base, **formula.merge_many(m, sites[: n + 1], base)} for n in range(len(sites)))])
+    return {name: torch.maximum(error, apart[name]) for name, error in together.items()}
+
+
+def _walk(m: Machine, stages: Sequence[Base]) -> dict[str, Tensor]:
+    """Return the error after walking the stages up and down again."""
+    wide, base = m.base.store.u != m.base.store.a, stages[0]
     u, eta = m.base.store.roundoff, m.base.store.eta if wide else 0.0
-    stages: list[Base] = [base]
-    for site in sites:
-        for stage in formula.steps(m, site, stages[-1]) if formula.steps else (formula.merge(m, site, stages[-1]),):
-            stages.append({**stages[-1], **stage})
-    changed = [name for name in base if any(stage[name] is not base[name] for stage in stages)]
     budget = {}
-    for name in changed:
+    for name in [name for name in base if any(stage[name] is not base[name] for stage in stages)]:
         path = [stage[name] for stage in stages]
         error = torch.zeros_like(path[0].value)
         if all(value.quantum is not None for value in path):
@@ -45,6 +50,15 @@ def roundtrip(m: Machine, formula: Formula, sites: Sequence[Site], base: Base) -
             error = error + (u * (before.ceiling() + error) + eta / 2)
         budget[name] = error
     return budget
+
+
+def _one_by_one(m: Machine, formula: Formula, sites: Sequence[Site], base: Base) -> list[Base]:
+    """Return what is stored on the way, the base first."""
+    stages: list[Base] = [base]
+    for site in sites:
+        for stage in formula.steps(m, site, stages[-1]) if formula.steps else (formula.merge(m, site, stages[-1]),):
+            stages.append({**stages[-1], **stage})
+    return stages
 
 
 def _change(before: Bounded, after: Bounded) -> Tensor:

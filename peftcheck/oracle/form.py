@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from types import MappingProxyType
 
+import torch
 from torch import Tensor
 
 from peftcheck.case import AdapterSpec, LayerSpec
@@ -56,6 +57,11 @@ class Site:
 
 Base = Mapping[str, Bounded]
 """A layer's own tensors by name: 'weight' and, where it has one, 'bias'."""
+
+
+def unknown(shape: tuple[int, ...]) -> Bounded:
+    """Return what vouches for nothing: of tensors that do not fit the layer a closed form says nothing."""
+    return Bounded(torch.zeros(shape, dtype=torch.float64), torch.full(shape, torch.inf, dtype=torch.float64))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from peftcheck.case import EMBEDDINGS
 from peftcheck.oracle.additive import additive
-from peftcheck.oracle.form import Family, Machine, Site
+from peftcheck.oracle.form import Family, Machine, Site, unknown
 from peftcheck.oracle.layers import oriented, scaled_lookup
 from peftcheck.rounding import Bounded
 
@@ -82,8 +82,17 @@ def _mixed(m: Machine, site: Site) -> Bounded:
     return m.adapter.bilinear(lambda s, p: torch.einsum("i,ijk->jk", s, p), v, site.tensors["P"], v.value.numel())
 
 
+def _fits(site: Site) -> bool:
+    """Return whether the frozen A and B have the widths of the layer's weight."""
+    a, b, spec = site.tensors["A"].value, site.tensors["B"].value, site.spec
+    wide, tall = (spec.n_out, spec.n_in) if spec.kind in EMBEDDINGS else (spec.n_in, spec.n_out)
+    return a.shape[1] == wide and b.shape[0] == tall
+
+
 def tinylora(m: Machine, site: Site) -> dict[str, Bounded]:
     """Return B R A, with the frozen A (r, in) and B (out, r) of the base's singular vectors."""
+    if not _fits(site):
+        return {"weight": unknown(site.spec.weight_shape)}
     product = m.adapter.matmul(m.adapter.matmul(site.tensors["B"], _mixed(m, site)), site.tensors["A"])
     if site.spec.kind in EMBEDDINGS:  # the table (entries, dimension) is itself the matrix that was decomposed
         return {"weight": product}
@@ -92,6 +101,8 @@ def tinylora(m: Machine, site: Site) -> dict[str, Bounded]:
 
 def tinylora_path(m: Machine, site: Site, x: Bounded) -> Bounded:
     """Return B (R (A x)), or the looked-up row of B times R times A."""
+    if not _fits(site):
+        return unknown((*x.value.shape[:-1], site.spec.n_out))
     a, b, r = site.tensors["A"], site.tensors["B"], _mixed(m, site)
     if site.spec.kind in EMBEDDINGS:
         found = b.map(lambda t: t[x.value.long()])

@@ -83,6 +83,19 @@ def _verdict(stage: Stage, forms: dict[str, Base]) -> str:
     return "accept"
 
 
+def _refused_in_order(stage: Stage, poisoned: Poisoned) -> bool:
+    """Return whether merging all adapters in order is not finite either: another may scale the overflow back."""
+    name = stage.names[poisoned.adapter]
+    after = stage.attached.adapter_tensors(name)
+    for site in poisoned.forms:
+        order = stage.adapters_on(site)
+        sites = [stage.site_of(i, site, after) if i == poisoned.adapter else stage.site(i, site) for i in order]
+        merged = stage.merge_of(sites, stage.base(site))
+        if any(_one(stage, form.value, form.ceiling()) == "refuse" for form in merged.values()):
+            return True
+    return False
+
+
 def _one(stage: Stage, value: Tensor, ceiling: Tensor) -> str:
     largest = stage.machine.base.store.largest
     if not bool(torch.isfinite(value).all()) or bool((value.abs() > largest / _ROOM).any()):
@@ -193,7 +206,7 @@ def all_or_nothing(stage: Stage) -> Measurement | None:
         return None
     error = attempt(stage, lambda: stage.attached.merge(stage.names, safe=True))
     if error is None:
-        return _accepted(stage, poisoned)
+        return _accepted(stage, poisoned) if _refused_in_order(stage, poisoned) else None
     changed = worst(_unchanged(stage, lambda key: True))
     marked = [name for name, adapters in stage.attached.merged().items() if adapters]
     if changed.holds and not marked:

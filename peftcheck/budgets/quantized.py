@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from peftcheck.oracle.form import Base, Formula, Machine, Site
+from peftcheck.oracle.form import Base, Formula, Machine, Site, Turn
 from peftcheck.rounding import Bounded, Precision
 
 V = 2.0**-24
@@ -247,7 +247,19 @@ def _back(m: Machine, formula: Formula, site: Site, now: Base) -> Base | None:
     if formula.delta is not None:
         change = formula.delta(m, site)
         return {name: m.base.sub(now[name], m.base.rounded(form)) for name, form in change.items() if name in now}
+    if formula.turn is not None:
+        turn = formula.turn(m, site)
+        return {} if turn is None else {name: _turned_back(m, turn, name, now[name]) for name in turn.names if name in now}
     return None
+
+
+def _turned_back(m: Machine, turn: Turn, name: str, tensor: Bounded) -> Bounded:
+    """Return a tensor times the inverse of the matrix that it was multiplied by, its rows divided by the gain."""
+    rows = tensor.map(lambda t: turn.rows(name, t))
+    undone = turn.arithmetic.bilinear(torch.matmul, rows, turn.inverse, turn.n)
+    if turn.gain is not None:
+        undone = turn.arithmetic.div(undone, turn.gain)
+    return m.base.rounded(undone.map(lambda t: turn.back(name, t)))
 
 
 def cycled(m: Machine, formula: Formula, sites: Sequence[Site], base: Base, rule: Rule, cycles: int) -> Base | None:

@@ -117,34 +117,73 @@ def backward(stage: Stage) -> Measurement | None:
 
 @law(
     "quantize.forward",
-    "abs(adapted(x) - (quantized layer(x) + closed form of the adapter(x))) <= running error bound",
+    "abs(adapted(x) - closed form(x), the quantized layer's own W x in it) <= running error bound",
     (Op.FORWARD,),
-    "adapters that read the codes of a layer, or a weight that its own forward has repacked",
-    concerns=lambda variant: FORMULAS[variant.formula].delta is not None,
+    "adapters that read the codes of a layer, or a weight that the layer's own forward has repacked",
+    concerns=lambda variant: _follows(variant.formula),
 )
 def forward(stage: Stage) -> Measurement | None:
-    """Compare each adapted layer with what the quantized layer alone computes, plus the adapter's part.
+    """Compare each adapted layer with the closed form in which W x is what the quantized layer alone makes of it.
 
-    What the quantized layer makes of W x (activations in 8 bits, weights in half precision) is its own affair:
-    it is in both terms and cancels.
+    How the quantized layer computes W x (activations in 8 bits, weights in half precision) is its own affair: it is
+    off by some r, known from a run with adapters disabled, that the method passes on times its gain.
     """
-    if not _runs(stage) or not readable(stage):
+    if not _runs(stage) or not readable(stage) or not _follows(stage.variant.formula):
         return None
+    with torch.no_grad(), stage.attached.disabled():
+        outputs = stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
+    alone = {spec.name: output.double() for spec, output in zip(stage.case.layers, outputs, strict=True)}
     found = []
     for name, seen in stage.records().items():
-        with torch.no_grad():
-            alone = stage.attached.base_layer(name)(seen.x).double()
+        gain = _gain(stage, name)
+        if gain is None:
+            continue
         m, x, spec, base = stage.machine, stage.activation(name, seen.x), stage.spec(name), stage.base(name)
         adapted, plain = stage.output(name, seen.x), layer_output(m.base, spec, base, x)
         if not stage.sound(adapted, plain):
             continue
-        due = alone + adapted.value - plain.value
+        due = adapted.value + gain * (alone[name] - plain.value)
         parts = [(stage.output(name, seen.x, (i,)).value - plain.value).abs() for i in stage.adapters_on(name)]
         # each part may be rounded to the base's dtype before it is added, and every partial sum after
-        rounded = (len(parts) + 1) * (m.base.store.roundoff * (alone.abs() + sum(parts)) + m.base.store.eta)
-        room = adapted.bound + rounded
+        size = gain.abs() * alone[name].abs() + alone[name].abs() + sum(parts)
+        room = adapted.bound + (len(parts) + 2) * (m.base.store.roundoff * size + m.base.store.eta)
         found.append(compare(f"{name}:output", seen.y, due, room))
     return worst(found) if found else None
+
+
+def _follows(formula: str) -> bool:
+    """Return whether the method adds to W x, or (DoRA) scales it by rows too: then what W x is off by is followed."""
+    return FORMULAS[formula].delta is not None or formula == "dora"
+
+
+def _gain(stage: Stage, name: str) -> Tensor | None:
+    """Return the factor of each output that the method multiplies W x with; None where there are several in a row."""
+    if stage.formula.delta is not None:
+        return torch.ones(stage.spec(name).n_out, dtype=torch.float64)
+    sites = stage.sites(name)
+    if len(sites) > 1:
+        return None
+    turned = stage.base(name)["weight"].value + FORMULAS["lora"].delta(stage.machine, sites[0])["weight"].value
+    return torch.linalg.vector_norm(stage.merged(name)["weight"].value, dim=1) / torch.linalg.vector_norm(turned, dim=1)
+
+
+@law(
+    "quantize.repeats",
+    "a second forward on the same input gives the same bits",
+    (Op.FORWARD,),
+    "DoRA put the int8 weight back without its scales: the second forward on a CPU crashed",
+    structural=True,
+)
+def repeats(stage: Stage) -> Measurement | None:
+    """Run the adapted model twice."""
+    if not _runs(stage) or not readable(stage):
+        return None
+    inputs = [stage.inputs[spec.name] for spec in stage.case.layers]
+    with torch.no_grad():
+        first = [output.clone() for output in stage.attached.forward(inputs)]
+        second = stage.attached.forward(inputs)
+    names = [spec.name for spec in stage.case.layers]
+    return worst(identical(f"{name}:output", b, a) for name, a, b in zip(names, first, second, strict=True))
 
 
 @law(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -30,37 +31,91 @@ def explained(stage: Stage, asked: Combination, layer: str, found: Change, viola
     return violation
 
 
-def _causes(stage: Stage, asked: Combination, layer: str, name: str, found: Tensor, due: Tensor):
-    kept, made = stage.machine.adapter.store.dtype, _stored_in(stage, asked, layer)
-    if made is not None and torch.finfo(made).eps > torch.finfo(kept).eps:
-        short = str(made).removeprefix("torch."), str(kept).removeprefix("torch.")
-        yield "dtype", f"the combined adapter is stored in {short[0]}, its sources in {short[1]}"
+def _causes(
+    stage: Stage, asked: Combination, layer: str, name: str, found: Tensor, due: Tensor
+) -> Iterator[tuple[str, str]]:
     if _single_precision(stage, asked, layer, name, found, due):
         yield "single precision", "right to float32 only, where the adapters are float64"
     if stage.formula.delta is None:
-        lost = identity_lost(stage, layer, name, found, due)
+        factored = "A" in combining.sources(stage, asked, layer)[0][0].tensors
+        lost = _not_copied(stage, asked, layer) if factored else identity_lost(stage, asked, layer, name, found, due)
         if lost is not None:
-            yield "identity lost", lost
+            yield lost
+    short = stored_shorter(stage, layer)
+    if short is not None and _within(found, due, 2.0**-5 * _reach(stage, asked, layer, name)):
+        yield "dtype", short
+    if stage.formula.delta is None:
         return
     share = excess(found, due)
-    if len(asked.members) > 1 and all(_right_alone(stage, asked, i) for i in range(len(asked.members))):
-        exact = cross_energy(stage, asked, layer, found) if asked.kind.rank == "common" and name == "weight" else None
-        if exact is not None:
-            yield "cross terms", f"{exact:.0%} of the combined delta lies in B_i A_j with i != j, which nobody asked for"
-        elif asked.kind.rank == "common":
-            yield "cross terms", f"each adapter alone is right; {share} of the combined delta was not asked for"
-        elif stage.spec(layer).groups > 1:
-            yield "groups", f"each adapter alone is right; stacked, rows of A stand in other groups than columns of B; {share} of the combined delta was not asked for"
-        else:
-            yield "numeric", f"each adapter alone is right; {share} of the combined delta was not asked for"
-    yield alone(found, due)
+    wrong = wrong_alone(stage, asked, layer, name)
+    whole = alone(found, due)
+    if len(asked.members) == 1 or wrong is not None or (asked.kind.rank != "common" and whole[0] == "scaled"):
+        yield wrong or whole
+    exact = cross_energy(stage, asked, layer, found) if asked.kind.rank == "common" and name == "weight" else None
+    if exact is not None:
+        yield "cross terms", f"{100 * exact:.2g} % of the combined delta lies in B_i A_j with i != j, which nobody asked for"
+    elif asked.kind.rank == "common":
+        yield "cross terms", f"each adapter alone is right; {share} of the combined delta was not asked for"
+    elif stage.spec(layer).groups > 1:
+        note = "each adapter alone is right; stacked, rows of A stand in other groups than columns of B"
+        yield "groups", f"{note}; {share} of the combined delta was not asked for"
+    yield "numeric", f"each adapter alone is right; {share} of the combined delta was not asked for"
 
 
-def _stored_in(stage: Stage, asked: Combination, layer: str) -> torch.dtype | None:
-    """Return the narrowest dtype that the combined adapter's tensors are stored in."""
+def _within(found: Tensor, due: Tensor, size: float) -> bool:
+    return float(torch.linalg.vector_norm(found - due)) <= size
+
+
+def _reach(stage: Stage, asked: Combination, layer: str, name: str) -> float:
+    """Return sum abs(w_i) norm(D_i)."""
+    sites, weights = combining.sources(stage, asked, layer)
+    changes = [combining.change(stage, combining.plain_machine(stage), site) for site in sites]
+    sizes = [float(torch.linalg.vector_norm(one[name].value)) if name in one else 0.0 for one in changes]
+    return sum(abs(weight) * size for weight, size in zip(weights, sizes, strict=True))
+
+
+def stored_shorter(stage: Stage, layer: str) -> str | None:
+    """Return what to say where the combined adapter is stored in a shorter dtype than its sources."""
     names = [name for name in stage.attached.adapters() if name not in stage.names]
     stored = [t.dtype for name in names for (site, _), t in stage.attached.adapter_tensors(name).items() if site == layer]
-    return max(stored, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+    made = max(stored, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+    kept = stage.machine.adapter.store.dtype
+    if made is None or torch.finfo(made).eps <= torch.finfo(kept).eps:
+        return None
+    short, wide = (str(dtype).removeprefix("torch.") for dtype in (made, kept))
+    return f"the combined adapter is stored in {short}, its sources in {wide}"
+
+
+def wrong_alone(stage: Stage, asked: Combination, layer: str, name: str) -> tuple[str, str] | None:
+    """Return the error of the first member that the library gets wrong by itself, or None."""
+    for index, weight in zip(asked.members, asked.weights, strict=True):
+        single = asked.but(members=(index,), weights=(weight,)).having(svd_clamp=None)
+        error = _error(stage, single)
+        if error is None or error <= _tolerable(stage) or layer not in combining.layers(stage, single):
+            continue
+        m = combining.plain_machine(stage)
+        due = combining.total(stage, single, layer, m)
+        got = combining.change(stage, m, combining.combined(stage, combining.INTO, layer))
+        if name in due and not _within(zero_unless(got, name, due), due[name].value, _tolerable(stage) * float(due[name].value.norm())):
+            symptom, note = alone(zero_unless(got, name, due), due[name].value)
+            return symptom, f"already of '{stage.names[index]}' alone: {note}"
+    return None
+
+
+def zero_unless(found: Change, name: str, due: Change) -> Tensor:
+    """Return what is found of a tensor, zeros where it is left alone."""
+    return found[name].value if name in found else torch.zeros_like(due[name].value)
+
+
+def _not_copied(stage: Stage, asked: Combination, layer: str) -> tuple[str, str] | None:
+    """Return what to say where a single adapter's own tensors, other than its factors, have not come over."""
+    made, source = combining.combined(stage, combining.INTO, layer), combining.sources(stage, asked, layer)[0][0]
+    if len(asked.members) > 1 or made is None:
+        return None
+    for role, form in source.tensors.items():
+        if role not in ("A", "B") and not (role in made.tensors and torch.equal(made.tensors[role].value, form.value)):
+            return f"{role} lost", f"the combined adapter does not have its source's {role}"
+    return None
 
 
 def excess(found: Tensor, due: Tensor) -> str:
@@ -100,24 +155,24 @@ def bound_in_single(stage: Stage, asked: Combination, layer: str) -> dict[str, T
         stage.machine = kept
 
 
-def identity_lost(stage: Stage, layer: str, name: str, found: Tensor, due: Tensor) -> str | None:
+def identity_lost(
+    stage: Stage, asked: Combination, layer: str, name: str, found: Tensor, due: Tensor
+) -> tuple[str, str] | None:
     """Return what to say where found - due is a multiple of the base: the vectors were added, not the changes."""
     base, wrong = stage.base(layer)[name].value, found - due
     energy = float((base * base).sum())
     factor = float((wrong * base).sum()) / energy if energy else 0.0
     if not energy or float(torch.linalg.vector_norm(wrong - factor * base)) > 2.0**-6 * float(torch.linalg.vector_norm(wrong)):
         return None
-    return (
+    if abs(sum(asked.weights) - 1) < 2.0**-20:
+        return "absent counted as zero", (
+            f"an adapter that is not on a layer leaves it alone, yet counts as a scale of zero: adapters that do "
+            f"nothing would leave {1 + factor:.4g} W here"
+        )
+    return "identity lost", (
         f"the scales were added, not what they change: adapters that do nothing would leave {1 + factor:.4g} W here; "
         "right only where the weights of the adapters on a layer sum to 1"
     )
-
-
-def _right_alone(stage: Stage, asked: Combination, position: int) -> bool:
-    """Return whether the library gets one member right by itself."""
-    single = asked.but(members=(asked.members[position],), weights=(asked.weights[position],))
-    error = _error(stage, single)
-    return error is not None and error <= _tolerable(stage)
 
 
 def _tolerable(stage: Stage) -> float:
@@ -141,6 +196,8 @@ def _error(stage: Stage, asked: Combination) -> float | None:
                 off = float(torch.linalg.vector_norm(value - form.value))
                 worst = max(worst, off / size if size else (0.0 if off == 0 else float("inf")))
         return worst
+    except combining.Declined:
+        return None
     except Exception as error:
         if not (refusal.is_library(error, stage.implementation) or isinstance(error, RuntimeError)):
             raise

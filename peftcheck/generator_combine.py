@@ -9,7 +9,7 @@ from dataclasses import replace
 from peftcheck import generator
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep
 from peftcheck.combination import REQUESTS
-from peftcheck.implementation import Variant
+from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.oracle.combination import KINDS, Kind
 
 _NAMES = (
@@ -48,14 +48,20 @@ def combination_case(variant: Variant, sweep: Sweep, kind: str, seed: int, index
         "seed": rng.randrange(2**31),
         **_options(rng, variant, way, case.layers, adapters, members),
     }
-    if rng.random() < 0.15 and not any(spec.groups > 1 for spec in case.layers):
-        extra["merged"] = rng.randrange(len(adapters))
+    merged = rng.randrange(len(adapters))
+    if rng.random() < 0.15 and _merges(variant, case.layers, adapters[merged]):
+        extra["merged"] = merged
     request = rng.choice((None, None, *REQUESTS))
     if request is not None:
         extra["request"] = request
     avoided = variant.avoids
     profile = "dyadic" if exact else rng.choice([name for name in _PROFILES if name not in avoided])
     return replace(case, adapters=adapters, profile=profile, extra=tuple(sorted(extra.items())))
+
+
+def _merges(variant: Variant, layers: Sequence[LayerSpec], adapter: AdapterSpec) -> bool:
+    claims = {variant.claim(op, layers[target], adapter) for target in adapter.targets for op in (Op.MERGE, Op.UNMERGE)}
+    return claims == {Claim.YES}
 
 
 def _adapters(rng: random.Random, variant: Variant, layers: Sequence[LayerSpec], way: Kind, exact: bool) -> tuple[AdapterSpec, ...]:

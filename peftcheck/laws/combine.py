@@ -94,7 +94,7 @@ def cross_term_free(stage: Stage) -> Measurement | None:
             bound = combining.exact_bound(stage, asked, layer)["weight"]
             one = worst(elementwise(layer, {"weight": replace(target, value=value * where, error=None)}, {}, {"weight": bound}))
         if not one.holds:
-            note = f"{share:.0%} of the combined delta lies in B_a A_b + B_b A_a, which nobody asked for"
+            note = f"{100 * share:.2g} % of the combined delta lies in B_a A_b + B_b A_a, which nobody asked for"
             one = replace(one, symptom="cross terms", note=note)
         found.append(one)
     result = worst(found)
@@ -188,10 +188,17 @@ def _compared(stage: Stage, asked: Combination, other: Combination, factor: floa
         for one in agree(stage, asked, layer, second[layer], change, factor):
             if not one.holds and stage.formula.delta is None:
                 tensor = one.role.partition(":")[2]
-                lost = diagnosis.identity_lost(stage, layer, tensor, second[layer][tensor].value, factor * change[tensor].value)
-                one = replace(one, symptom="identity lost", note=lost) if lost else one
+                lost = diagnosis.identity_lost(stage, other, layer, tensor, second[layer][tensor].value, factor * change[tensor].value)
+                one = replace(one, symptom=lost[0], note=lost[1]) if lost else one
             elif not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1:
                 one = replace(one, symptom="groups")
+            elif not one.holds and one.symptom == "numeric" and factor == 1.0 and asked.kind.rank != "chosen":
+                tensor = one.role.partition(":")[2]
+                if tensor in second[layer] and tensor in change:
+                    symptom, note = diagnosis.alone(second[layer][tensor].value, change[tensor].value)
+                    one = replace(one, symptom=symptom, note=note) if symptom == "scaled" else one
+            if not one.holds and one.symptom == "numeric" and (short := diagnosis.stored_shorter(stage, layer)):
+                one = replace(one, symptom="dtype", note=f"{short}; {one.note}")
             found.append(one)
     return worst(found)
 

@@ -309,8 +309,8 @@ def refuses(stage: Stage) -> Measurement | None:
             return broken(role, "left behind", f"refused, but '{into}' is registered: {error}")
         now = stage.attached.base_tensors()
         return worst([identical(key, now[key], tensor) for key, tensor in before.items()])
-    if request == "driver":
-        return NOTHING  # a way to compute that makes no difference
+    if request in ("driver", "no delta"):
+        return NOTHING  # a way to compute that makes no difference; a delta after all, judged like any other
     if request == "unequal ranks" and combining.promise(stage, asked) is Promise.EXACT and _is_sum(stage, asked, into):
         return NOTHING  # more than was to be expected
     return broken(role, "accepted", f"combining with {request} was accepted in silence")

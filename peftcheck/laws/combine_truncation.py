@@ -66,7 +66,10 @@ def _cause(
         single = 2.0**-22 * total * max(float(torch.linalg.vector_norm(c.value)) for c in changes)
         if one.residual <= single:
             return replace(one, symptom="single precision", note=f"right to float32 only, where the adapters are float64; {one.note}")
-    symptom, note = diagnosis.alone(value, target.value) if least <= one.bound else ("numeric", "")
+    key = one.role.partition(":")[2]
+    whole = diagnosis.alone(value, target.value)
+    scaled = whole if whole[0] == "scaled" and least <= one.bound else ("numeric", "")
+    symptom, note = diagnosis.wrong_alone(stage, asked, layer, key) or scaled
     size = float(torch.linalg.vector_norm(target.value))
     optimum = f"the best of rank {combining.rank_of(stage, asked)} is off by {least / size:.2g}" if size else ""
     text = "; ".join(part for part in (note, optimum, diagnosis.repair(stage, asked), one.note) if part)

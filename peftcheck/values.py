@@ -66,6 +66,11 @@ def normal(key: str, shape: tuple[int, ...]) -> Tensor:
     return torch.from_numpy(np.asarray(radius * np.cos(2.0 * math.pi * _uniform(key + "|t", shape))))
 
 
+def _power_of_ten(exponent: Tensor) -> Tensor:
+    """Return 10^exponent; torch's power rounds the last few elements of a tensor otherwise than the rest."""
+    return torch.from_numpy(np.asarray(np.power(10.0, exponent.numpy())))
+
+
 def whole(key: str, shape: tuple[int, ...], largest: int, density: float) -> Tensor:
     """Return integers in [-largest, largest], nonzero with probability `density`, as fp64."""
     spread = torch.from_numpy(np.asarray(_uniform(key + "|d", shape)))
@@ -84,7 +89,7 @@ def base(case: Case, spec: LayerSpec, name: str, shape: tuple[int, ...]) -> Tens
     if case.profile == "graded":
         span = 2.0 if case.sweep.dtype == "float16" else 6.0
         rows = uniform(key + "|rows", (shape[0],)).reshape((-1,) + (1,) * (len(shape) - 1))
-        return tensor * 10.0 ** (span * (2.0 * rows - 1.0))
+        return tensor * _power_of_ten(span * (2.0 * rows - 1.0))
     if case.profile == "huge":
         return tensor.clamp(-2, 2) * (numbers.largest / (16 * max(spec.fan_in, 4)))
     if case.profile == "subnormal":
@@ -156,7 +161,7 @@ def _scales(profile: str, key: str, shape: tuple[int, ...]) -> Tensor:
         return 1.0 + 2.0**-5 * spread
     if profile == "extreme":
         sign = torch.where(uniform(key + "|sign", shape) < 0.5, -1.0, 1.0)
-        return sign * 10.0 ** (-3.0 * uniform(key + "|decade", shape))
+        return sign * _power_of_ten(-3.0 * uniform(key + "|decade", shape))
     return 1.0 + 0.5 * torch.tanh(spread)
 
 

@@ -2,76 +2,64 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from types import ModuleType
+
 from peftcheck.implementations.peft.method import Method
-from peftcheck.implementations.peft.methods import (
-    adalora,
-    beft,
-    boft,
-    c3a,
-    deft,
-    delora,
-    fourierft,
-    frod,
-    glora,
-    gralora,
-    hira,
-    hra,
-    ia3,
-    ln_tuning,
-    loha,
-    lokr,
-    lora,
-    miss,
-    oft,
-    osf,
-    peanut,
-    psoft,
-    pvera,
-    randlora,
-    road,
-    shira,
-    supertuning,
-    tinylora,
-    trainable_tokens,
-    unilora,
-    vblora,
-    vera,
-    waveft,
-)
 
 _FAMILIES = (
-    lora,
-    loha,
-    lokr,
-    adalora,
-    vera,
-    beft,
-    ia3,
-    oft,
-    boft,
-    hra,
-    randlora,
-    pvera,
-    vblora,
-    unilora,
-    shira,
-    supertuning,
-    trainable_tokens,
-    ln_tuning,
-    fourierft,
-    waveft,
-    c3a,
-    road,
-    glora,
-    hira,
-    miss,
-    psoft,
-    delora,
-    gralora,
-    deft,
-    frod,
-    tinylora,
-    peanut,
-    osf,
+    "lora",
+    "loha",
+    "lokr",
+    "adalora",
+    "vera",
+    "beft",
+    "ia3",
+    "oft",
+    "boft",
+    "hra",
+    "randlora",
+    "pvera",
+    "vblora",
+    "unilora",
+    "shira",
+    "supertuning",
+    "trainable_tokens",
+    "ln_tuning",
+    "fourierft",
+    "waveft",
+    "c3a",
+    "road",
+    "glora",
+    "hira",
+    "gralora",
+    "deft",
+    "frod",
+    "tinylora",
+    "peanut",
+    "osf",
+    "miss",
+    "psoft",
+    "delora",
 )
-METHODS: dict[str, Method] = {method.variant.name: method for family in _FAMILIES for method in family.METHODS}
+
+
+def _family(name: str) -> ModuleType | None:
+    """Return a family's module, or None where the installed PEFT is older than the method.
+
+    Only a name that PEFT itself does not have yet counts as that; any other import error is one.
+    """
+    try:
+        return import_module(f"{__name__}.{name}")
+    except ImportError as error:
+        if (error.name or "").partition(".")[0] == "peft":
+            return None
+        raise
+
+
+METHODS: dict[str, Method] = {
+    method.variant.name: method
+    for family in map(_family, _FAMILIES)
+    if family is not None
+    for method in family.METHODS
+}

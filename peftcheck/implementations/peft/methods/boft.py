@@ -72,6 +72,7 @@ def _method(name: str, layers: tuple[str, ...], admit) -> Method:
         fit=fit,
         admit=admit,
         claim=claim,
+        unasked=frozenset({"linear", "conv2d"}) - set(layers),  # `boft` asks them
     )
     return Method(variant, _config, {"boft_R": "R", "boft_s": "s"})
 

@@ -31,6 +31,7 @@ def _method(name: str, gram_schmidt: bool, layers=("linear", "conv2d"), admit=pl
         fit=independent,
         admit=admit,
         claim=claim,
+        unasked=frozenset({"linear", "conv2d"}) - set(layers),  # `hra` asks them
     )
     return Method(variant, _config, {"hra_u": "u"})
 

@@ -25,6 +25,7 @@ METHODS = (
             "ln_tuning",
             frozenset({"linear", "layernorm", "conv1d-transformers", "parameter", *CONVOLUTIONS, *EMBEDDINGS}),
             claim=claim,
+            unasked=frozenset({"mha"}),
             inverts=Inverts.EXACT,
             most_adapters=1,  # PEFT declares that it runs and merges one at a time
         ),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from math import lcm
@@ -23,6 +24,7 @@ ROLES = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 LAYERS = frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS, "embedding", "embedding.scaled"})
+UNASKED = frozenset({"mha"})
 
 
 def configured(**constants) -> Callable[[AdapterSpec, list[str]], Any]:
@@ -31,10 +33,23 @@ def configured(**constants) -> Callable[[AdapterSpec, list[str]], Any]:
     def config(adapter: AdapterSpec, targets: list[str]) -> LoraConfig:
         rslora = bool(adapter.option("rslora"))
         return LoraConfig(
-            r=adapter.rank, lora_alpha=adapter.alpha, target_modules=targets, use_rslora=rslora, **constants
+            r=adapter.rank,
+            lora_alpha=adapter.alpha,
+            target_modules=targets,
+            use_rslora=rslora,
+            rank_pattern=_pattern(adapter, targets, "ranks"),
+            alpha_pattern=_pattern(adapter, targets, "alphas"),
+            **constants,
         )
 
     return config
+
+
+def _pattern(adapter: AdapterSpec, targets: list[str], option: str) -> dict[str, Any]:
+    """Return a rank or alpha pattern: an anchored expression per layer, so that no name matches another's end."""
+    given = dict(adapter.option(option, ()))
+    named = zip(adapter.targets, targets, strict=True)
+    return {f"^{re.escape(name)}": given[target] for target, name in named if target in given}
 
 
 def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
@@ -51,6 +66,14 @@ def rank_divisible(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: b
     return replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank if exact else adapter.alpha)
 
 
+def patterned(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bool) -> AdapterSpec:
+    """Double the rank on every other layer, and alpha on every third: powers of two, by the layer's own index."""
+    fitted = rank_divisible(adapter, layers, exact)
+    ranks = tuple((target, 2 * fitted.rank) for target in adapter.targets if target % 2 == 0)
+    alphas = tuple((target, 2.0 * fitted.alpha) for target in adapter.targets if target % 3 == 0)
+    return replace(fitted, options=(("alphas", alphas), ("ranks", ranks)))
+
+
 def claim_bias(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     """A LoRA with a bias of its own needs a bias of the layer's to merge it into."""
     return Claim.REFUSES if op in MERGES and not spec.bias else claim(op, spec, adapter)
@@ -65,7 +88,20 @@ def claim_dora(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
 
 METHODS = (
     Method(
-        Variant("lora", "lora", LAYERS, fit=rank_divisible, claim=claim, combinations=combinations.LORA),
+        Variant(
+            "lora",
+            "lora",
+            LAYERS,
+            fit=rank_divisible,
+            claim=claim,
+            unasked=UNASKED,
+            combinations=combinations.LORA,
+        ),
+        configured(),
+        ROLES,
+    ),
+    Method(
+        Variant("lora.pattern", "lora", LAYERS, fit=patterned, claim=claim, combinations=combinations.LORA),
         configured(),
         ROLES,
     ),
@@ -75,6 +111,7 @@ METHODS = (
             "lora",
             LAYERS,
             options={"rslora": (True,)},
+            unasked=UNASKED,
             fit=rank_divisible,
             claim=claim,
             combinations=combinations.LORA,
@@ -88,6 +125,7 @@ METHODS = (
             "lora",
             frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS}),
             options={"rslora": (False, True)},
+            unasked=UNASKED,
             fit=rank_divisible,
             claim=claim_bias,
             combinations=combinations.LORA,

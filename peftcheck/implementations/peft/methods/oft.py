@@ -11,6 +11,7 @@ from peftcheck.implementation import Variant
 from peftcheck.implementations.peft.method import Method
 from peftcheck.implementations.peft.methods.boft import claim, plain
 
+_LAYERS = frozenset({"linear", "conv2d", "embedding", "embedding.scaled"})
 ROLES = {"oft_R.weight": "R", "oft_embedding_R.weight": "R"}
 
 
@@ -33,7 +34,7 @@ def undilated(layer: LayerSpec) -> LayerSpec:
     return replace(layer, dilation=(1,) * len(layer.kernel)) if layer.kernel else layer
 
 
-def _method(name: str, layers=("linear", "conv2d", "embedding", "embedding.scaled"), admit=plain, **options) -> Method:
+def _method(name: str, layers=tuple(_LAYERS), admit=plain, **options) -> Method:
     choices = {"given": ("r", "size"), "share": (False, False, True), **options}
     variant = Variant(
         name,
@@ -42,6 +43,7 @@ def _method(name: str, layers=("linear", "conv2d", "embedding", "embedding.scale
         options=choices,
         admit=admit,
         claim=claim,
+        unasked=_LAYERS - set(layers),  # `oft.cayley` asks them
         # the series truncated after Q^4 is singular at a unit entry, outside its radius of convergence
         avoids=frozenset({"onehot"}) if True in options["neumann"] else frozenset(),
     )

@@ -119,7 +119,7 @@ class Stage:
 
     def site_of(self, index: int, name: str, tensors: dict[tuple[str, str], Tensor]) -> Site:
         """Return the same for other tensors of the adapter (poisoned, trained)."""
-        adapter = self.case.adapters[index]
+        adapter = self.case.adapters[index].at(self.case.layers.index(self.spec(name)))
         own = {role: leaf(tensor, self.machine.exact) for (site, role), tensor in tensors.items() if site == name}
         return Site(self.spec(name), adapter, own)
 
@@ -219,6 +219,8 @@ class Stage:
     def _moved_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name in self.targeted:
             base = self.base(name)
+            if not all(site.tensors for site in self.sites(name)):
+                continue  # the library lost an adapter: a law of its own says so
             for tensor, form in self.merged(name).items():
                 start = base[tensor].value if tensor in base else torch.zeros_like(form.value)
                 yield form.value - start, start

@@ -34,13 +34,30 @@ def rule(stage: Stage, dtype: torch.dtype | None = None) -> Rule:
 
 def coarser(stage: Stage) -> torch.dtype:
     """Return the dtype of coarser precision among those that the dense values have had and have now."""
-    now = [t.dtype for key, t in stage.attached.base_values().items() if key.endswith(".weight")]
+    tensors = dense(stage)
+    now = [] if isinstance(tensors, Measurement) else [t.dtype for key, t in tensors.items() if key.endswith(".weight")]
     return max({*now, *(t.dtype for key, t in stage.dense.items() if key.endswith(".weight"))}, key=lambda d: precision(d).u)
 
 
 def readable(stage: Stage) -> bool:
-    """Return whether the library's own dequantization follows the grid (else only `quantize.decoded` speaks)."""
-    return decoding(stage).holds
+    """Return whether the library's own dequantization follows the grid, and every adapter is where it should be.
+
+    Else only `quantize.decoded` and `quantize.attached` speak.
+    """
+    return placed(stage) and decoding(stage).holds
+
+
+def placed(stage: Stage) -> bool:
+    """Return whether every adapter has its tensors on every layer that it targets."""
+    return all(stage.site(i, name).tensors for name in stage.targeted for i in stage.adapters_on(name))
+
+
+def dense(stage: Stage) -> dict[str, Tensor] | Measurement:
+    """Return the dense values that are there now, or that a layer can no longer be read."""
+    try:
+        return stage.attached.base_values()
+    except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
+        return broken(":weight", "unreadable", f"the quantizer can no longer read the layer: {type(error).__name__}: {error}")
 
 
 def within(stage: Stage, forms: Base) -> bool:
@@ -51,13 +68,17 @@ def within(stage: Stage, forms: Base) -> bool:
 
 def merged(stage: Stage, name: str) -> Base | None:
     """Return the merged tensors of a layer with what the grid may cost; None where something may overflow."""
+    if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
+        return None  # what a second such adapter makes of requantized weights no formula says
     forms = quantized.merged(stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage)))
     return forms if within(stage, forms) else None
 
 
 def judge(stage: Stage, expected: dict[str, Base | None]) -> Measurement | None:
     """Compare the dense values that are there now with those expected."""
-    tensors = stage.attached.base_values()
+    tensors = dense(stage)
+    if isinstance(tensors, Measurement):
+        return tensors
     found = [
         compare(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], form.value, judged(form, machine=stage.machine.base.store))
         for name, forms in expected.items()
@@ -88,6 +109,23 @@ def decoding(stage: Stage) -> Measurement:
 def decoded(stage: Stage) -> Measurement | None:
     """Decode codes and scales outside the library, and compare."""
     return decoding(stage)
+
+
+@law(
+    "quantize.attached",
+    "every adapter has its tensors on every quantized layer that it targets",
+    (),
+    "a second adapter on a quantized layer wrapped the first one's wrapper instead of joining it",
+    structural=True,
+)
+def attached(stage: Stage) -> Measurement | None:
+    """Look for each adapter's tensors where it was asked to adapt."""
+    for name in stage.targeted:
+        for index in stage.adapters_on(name):
+            if not stage.site(index, name).tensors:
+                text = f"'{stage.names[index]}' has no tensors on {name}: another wrapper hides them, or they were never made"
+                return broken(f"{name}:adapter", "lost", text)
+    return identical(":adapter", torch.zeros(()), torch.zeros(()))
 
 
 @law(
@@ -168,7 +206,9 @@ def zero_delta(stage: Stage) -> Measurement | None:
     for _ in range(stage.case.cycles):
         merge_all(stage)
         stage.attached.unmerge()
-    tensors = stage.attached.base_values()
+    tensors = dense(stage)
+    if isinstance(tensors, Measurement):
+        return tensors
     found = []
     for name in stage.targeted:
         start, now = stage.dense[f"{name}.weight"], tensors[f"{name}.weight"]
@@ -213,7 +253,9 @@ def effect(stage: Stage) -> Measurement | None:
     if not readable(stage):
         return None
     merge_all(stage)
-    tensors = stage.attached.base_values()
+    tensors = dense(stage)
+    if isinstance(tensors, Measurement):
+        return tensors
     found = []
     for name in stage.targeted:
         forms = merged(stage, name)

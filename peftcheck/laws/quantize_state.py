@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from peftcheck.budgets import quantized
 from peftcheck.implementation import Op
 from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
-from peftcheck.laws.quantize import coarser, judge, readable, rule, within
+from peftcheck.laws.quantize import coarser, judge, placed, readable, rule, within
 from peftcheck.laws.safe_merge import attempt
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle import FORMULAS, Base, Site
@@ -36,6 +37,8 @@ def _facts(stage: Stage) -> dict[str, dict]:
 )
 def state_kept(stage: Stage) -> Measurement | None:
     """Compare every fact of the quantized layers before and after."""
+    if not placed(stage):
+        return None
     before, biases = _facts(stage), _biases(stage)
     merge_all(stage)
     found = _changed(before, _facts(stage), biases, _biases(stage), "merge")
@@ -70,6 +73,8 @@ def _changed(before: dict, after: dict, biases: dict, biases_after: dict, what: 
 )
 def warns(stage: Stage) -> Measurement | None:
     """Merge, and look for a warning that speaks of rounding."""
+    if not placed(stage):
+        return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         merge_all(stage)
@@ -92,7 +97,7 @@ def _runs(stage: Stage) -> bool:
 )
 def backward(stage: Stage) -> Measurement | None:
     """Run forward and backward in train mode with an input that wants a gradient."""
-    if not _runs(stage):
+    if not _runs(stage) or not placed(stage):
         return None
     stage.attached.train(True)
     inputs = [stage.inputs[spec.name].detach().clone().requires_grad_(True) for spec in stage.case.layers]
@@ -142,12 +147,14 @@ def forward(stage: Stage) -> Measurement | None:
         adapted, plain = stage.output(name, seen.x), layer_output(m.base, spec, base, x)
         if not stage.sound(adapted, plain):
             continue
-        due = adapted.value + gain * (alone[name] - plain.value)
+        aside = gain * (alone[name] - plain.value)
         parts = [(stage.output(name, seen.x, (i,)).value - plain.value).abs() for i in stage.adapters_on(name)]
         # each part may be rounded to the base's dtype before it is added, and every partial sum after
         size = gain.abs() * alone[name].abs() + alone[name].abs() + sum(parts)
         room = adapted.bound + (len(parts) + 2) * (m.base.store.roundoff * size + m.base.store.eta)
-        found.append(compare(f"{name}:output", seen.y, due, room))
+        # a method may also multiply with the dense weight itself instead of asking the layer
+        ways = [compare(f"{name}:output", seen.y, adapted.value + aside, room), compare(f"{name}:output", seen.y, adapted.value, room)]
+        found.append(min(ways, key=lambda m: (math.isnan(m.ratio), m.ratio)))
     return worst(found) if found else None
 
 
@@ -207,6 +214,8 @@ def after_forward(stage: Stage) -> Measurement | None:
         base = stage.base(name)
         if stage.case.sweep.quantizer.startswith("bitsandbytes.") and "int8" not in stage.case.sweep.quantizer:
             base = {**base, "weight": base["weight"].widened(2.02 * precision(torch.bfloat16).u * base["weight"].value.abs())}
+        if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
+            continue
         made = quantized.merged(stage.machine, stage.formula, stage.sites(name), base, rule(stage, coarser(stage)))
         forms[name] = made if within(stage, made) else None
     return judge(stage, forms)
@@ -293,7 +302,7 @@ def rejects(stage: Stage) -> Measurement | None:
 )
 def atomic(stage: Stage) -> Measurement | None:
     """Provoke a refusal and compare the raw tensors of the refusing layer with their clones."""
-    poisoned = _administer(stage)
+    poisoned = _administer(stage) if placed(stage) else None
     if poisoned is None or poisoned.verdict != "refuse":
         return None
     name = stage.names[poisoned.adapter]

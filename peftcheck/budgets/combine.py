@@ -104,7 +104,12 @@ def factorwise(
     union = replace(sites[0], adapter=plain, tensors={role: Bounded(value) for role, value in summed.items()})
     growth = 2 * ((1 + v) ** (2 * count + 8) - 1) + 2 * EXACT_FP64.gamma(plain.rank + 8)
     eta, under = m.adapter.store.eta * (count + 4) * max(1.0, *roots), _underflow(formula, union)
-    return {name: growth * ceiling + eta * under[name] for name, ceiling in ceilings(formula, union).items()}
+    bound = {name: growth * ceiling + eta * under[name] for name, ceiling in ceilings(formula, union).items()}
+    for name, room in bound.items():
+        if name != "weight":  # a tensor that is no product: its terms may carry the whole weight, not a root of it
+            once = sum(abs(w) * ceilings(formula, site)[name] for w, site in zip(weights, sites, strict=True)) / density
+            bound[name] = torch.maximum(room, growth * once + eta * under[name])
+    return bound
 
 
 def gates(m: Machine, formula: Formula, sites: Sequence[Site], weights: Sequence[float], base: Base) -> dict[str, Tensor]:

@@ -136,6 +136,15 @@ class AdapterSpec:
         """Return an option's value, or `default`."""
         return dict(self.options).get(name, default)
 
+    def at(self, target: int) -> AdapterSpec:
+        """Return the adapter as it is on one layer: with the rank and alpha that the options `ranks`, `alphas` give it.
+
+        Either holds pairs (index of a layer, value): what libraries call a rank or alpha pattern.
+        """
+        rank = dict(self.option("ranks", ())).get(target, self.rank)
+        alpha = dict(self.option("alphas", ())).get(target, self.alpha)
+        return dataclasses.replace(self, rank=rank, alpha=alpha)
+
 
 @dataclass(frozen=True)
 class Poison:

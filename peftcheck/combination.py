@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from peftcheck.budgets import combine as budgets
-from peftcheck.case import CONVOLUTIONS, Case
+from peftcheck.case import CONVOLUTIONS, AdapterSpec, Case
 from peftcheck.errors import UsageError
 from peftcheck.implementation import Claim, Op, Promise
 from peftcheck.oracle.combination import KINDS, Kind, definition, tail, weighted_sum
@@ -217,9 +217,14 @@ def exact_bound(stage: Stage, asked: Combination, layer: str, steps: int = 1) ->
     return bound if steps == 1 else {name: 2.1 * value for name, value in bound.items()}
 
 
+def highest_rank(adapter: AdapterSpec) -> int:
+    """Return the largest rank that an adapter has on any layer."""
+    return max(adapter.rank, *(adapter.at(target).rank for target in adapter.targets))
+
+
 def rank_of(stage: Stage, asked: Combination) -> int:
     """Return the rank that the combined adapter has been asked to have."""
-    ranks = [stage.case.adapters[index].rank for index in asked.members]
+    ranks = [highest_rank(stage.case.adapters[index]) for index in asked.members]
     if asked.kind.rank == "sum":
         return sum(ranks)
     return asked.options.get("svd_rank") or max(ranks) if asked.kind.rank == "chosen" else ranks[0]

@@ -225,7 +225,7 @@ def repair(stage: Stage, asked: Combination) -> str:
     """Return which kind gives the sum within rounding, and what it costs in rank, measured on this case."""
     if stage.formula.delta is None:
         return ""
-    ranks = sum(stage.case.adapters[index].rank for index in asked.members)
+    ranks = sum(combining.highest_rank(stage.case.adapters[index]) for index in asked.members)
     tried = [asked.of("cat", density=None), asked.of("svd", density=None, svd_rank=ranks, svd_clamp=None)]
     found = []
     for candidate in tried:

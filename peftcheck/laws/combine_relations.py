@@ -57,7 +57,7 @@ def asked_of(stage: Stage) -> Combination | None:
     asked = combining.requested(stage.case)
     if asked is None or combining.promise(stage, asked) is None or not combining.sound(stage, asked):
         return None
-    ranks = {stage.case.adapters[index].rank for index in asked.members}
+    ranks = {combining.highest_rank(stage.case.adapters[index]) for index in asked.members}
     return None if asked.kind.rank == "common" and len(ranks) > 1 and stage.formula.delta is not None else asked
 
 

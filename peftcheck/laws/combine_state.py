@@ -348,7 +348,7 @@ def _impossible(stage: Stage, asked: Combination, request: str):
     elif request == "no adapter":
         names, weights = [], []
     elif request == "unequal ranks":
-        ranks = {stage.case.adapters[i].rank for i in asked.members}
+        ranks = {combining.highest_rank(stage.case.adapters[i]) for i in asked.members}
         if asked.kind.rank != "common" or len(ranks) < 2:
             return None
     elif request == "driver":

@@ -88,9 +88,10 @@ def _guarded(act: Sequence[str], outcome: Outcome) -> list[str]:
 
 
 def _adapters(stage: Stage, root: torch.nn.Module) -> list[tuple[str, Tensor]] | None:
-    """Return every adapter tensor in force with its name under `root`; None where one has no name there.
+    """Return every adapter tensor in force with its name under `root`; None where one that was written has none.
 
-    Also the base tensors that attaching has changed by design.
+    A tensor that is as the library made it follows from the seed and the configuration, and needs no name. Also
+    the base tensors that attaching has changed by design.
     """
     names: dict[int, str] = {}
     for name, tensor in named(root).items():
@@ -98,9 +99,11 @@ def _adapters(stage: Stage, root: torch.nn.Module) -> list[tuple[str, Tensor]] |
     found: dict[str, Tensor] = {}
     attached: Attached = stage.attached
     for adapter in stage.names:
-        for tensor in attached.adapter_tensors(adapter).values():
+        for (_, role), tensor in attached.adapter_tensors(adapter).items():
             if id(tensor) not in names:
-                return None
+                if tensor.is_floating_point() and stage.formula.hints.get(role) != "keep":
+                    return None
+                continue
             found[names[id(tensor)]] = tensor.detach().clone()
     for key, tensor in attached.base_tensors().items():
         pristine = stage.pristine.get(key)

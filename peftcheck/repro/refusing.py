@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from peftcheck.laws.safe_merge import Poisoned
 from peftcheck.repro.model import indented, literal
 from peftcheck.repro.scene import Scene, compared
 from peftcheck.rounding import judged
@@ -36,16 +37,10 @@ def rejects(scene: Scene) -> list[str] | None:
     poisoned = scene.poisoned
     if poisoned is None:
         return None
-    statement = scene.say.merge((scene.stage.names[poisoned.adapter],), True)
+    own = (scene.stage.names[poisoned.adapter],)
     if scene.measured.symptom.startswith("accepted"):
-        tensor = next(iter(poisoned.forms[poisoned.site]))
-        held = f"{scene.say.base(poisoned.site, tensor)}.tolist()"
-        accepted = [
-            f'print("found: accepted, merged", {held})',
-            'print("expected: a refusal")',
-            "raise SystemExit(1)",
-        ]
-        return _attempt(statement, ['print("refused:", error)'], accepted)
+        return _accepted(scene, poisoned, own)
+    statement = scene.say.merge(own, True)
     if scene.measured.symptom == "refused":
         refused = [
             'print("found: refused:", error)',
@@ -56,6 +51,18 @@ def rejects(scene: Scene) -> list[str] | None:
     form = poisoned.forms[scene.site][scene.tensor]
     allowed = judged(form, machine=scene.stage.machine.base.store)
     return [statement, f"found = {scene.current()}", *compared(literal(form.value), allowed)]
+
+
+def _accepted(scene: Scene, poisoned: Poisoned, adapters: Sequence[str]) -> list[str]:
+    """Return the lines for a merge that had to be refused and was not, which breaks every law on refusals."""
+    tensor = next(iter(poisoned.forms[poisoned.site]))
+    held = f"{scene.say.base(poisoned.site, tensor)}.tolist()"
+    accepted = [
+        f'print("found: accepted, merged", {held})',
+        'print("expected: a refusal")',
+        "raise SystemExit(1)",
+    ]
+    return _attempt(scene.say.merge(adapters, True), ['print("refused:", error)'], accepted)
 
 
 def _half_done(scene: Scene, adapters: Sequence[str], sites: Sequence[str]) -> list[str]:
@@ -81,12 +88,19 @@ def atomic(scene: Scene) -> list[str] | None:
     """Let a merge be refused, and look at the refusing layer."""
     if scene.poisoned is None:
         return None
-    return _half_done(scene, (scene.stage.names[scene.poisoned.adapter],), (scene.poisoned.site,))
+    own = (scene.stage.names[scene.poisoned.adapter],)
+    if scene.measured.symptom.startswith("accepted"):
+        return _accepted(scene, scene.poisoned, own)
+    return _half_done(scene, own, (scene.poisoned.site,))
 
 
 def all_or_nothing(scene: Scene) -> list[str] | None:
     """Let a merge be refused, and look at the whole model."""
-    return None if scene.poisoned is None else _half_done(scene, scene.stage.names, scene.stage.targeted)
+    if scene.poisoned is None:
+        return None
+    if scene.measured.symptom.startswith("accepted"):
+        return _accepted(scene, scene.poisoned, scene.stage.names)
+    return _half_done(scene, scene.stage.names, scene.stage.targeted)
 
 
 def names(scene: Scene) -> list[str] | None:
@@ -94,6 +108,8 @@ def names(scene: Scene) -> list[str] | None:
     if scene.poisoned is None:
         return None
     name = scene.stage.names[scene.poisoned.adapter]
+    if scene.measured.symptom.startswith("accepted"):
+        return _accepted(scene, scene.poisoned, (name,))
     judge = [
         f'print("found:", error, "expected: the name {name}")',
         f"raise SystemExit(int({text(name)} not in str(error)))",

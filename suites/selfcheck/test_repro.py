@@ -31,8 +31,11 @@ def law(name):
     return found
 
 
+OPTIONS = {"ia3": (("feedforward", False),), "fourierft": (("seed", 777), ("times", 1))}
+
+
 def case(variant, layers, adapters=None, **fields) -> Case:
-    gates = (("feedforward", False),) if variant == "ia3" else ()
+    gates = OPTIONS.get(variant, ())
     adapters = adapters or (AdapterSpec("default", tuple(range(len(layers))), 1, 2.0, gates),)
     usual = Case(
         Sweep("peft", variant, layers[0].kind, "float64"),
@@ -83,6 +86,16 @@ DEFECTS = {
     "half merged": (
         "safe_merge.all_or_nothing",
         case("lora", TWO, poison=Poison("nan", 0, 1)),
+        "found: written",
+    ),
+    "unnamed": (
+        "safe_merge.names",
+        case("ia3", ONE, sweep=HALF, adapter_dtype="float32", poison=Poison("overflow")),
+        "found: accepted, merged [[-inf]]",
+    ),
+    "seeded indices": (
+        "safe_merge.all_or_nothing",
+        case("fourierft", TWO, profile="normal", poison=Poison("nan", 0, 1)),
         "found: written",
     ),
     "overflow": (

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from peftcheck import quantizers, values
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, Case, LayerSpec, Poison, Sweep
-from peftcheck.implementation import Variant
+from peftcheck.implementation import Claim, Variant
 from peftcheck.oracle import FORMULAS
 
 # Names as an enemy would choose them: prefixes of each other, digits, dots, the library's own words.
@@ -76,7 +76,8 @@ def _quantized(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
     declared = quantizers.DECLARED[sweep.quantizer]
     rng = random.Random(f"{sweep}|{seed}|{index}|quantized")
     settings = {key: rng.choice(choices) for key, choices in sorted(declared.options.items())}
-    names = rng.choice(_LAYER_NAMES)[: rng.choice([1, 1, 2])]
+    merges = variant.quantizers.get(sweep.quantizer) is Claim.YES
+    names = rng.choice(_LAYER_NAMES)[: rng.choice([1, 1, 2]) if merges else 1]  # of several, some may merge before one refuses
     layers = tuple(_quantized_layer(rng, variant, declared, settings, name) for name in names)
     adapters = _adapters(rng, replace(variant, most_adapters=min(2, variant.most_adapters)), layers, _targets(rng, layers), False)
     single = len(adapters) == 1

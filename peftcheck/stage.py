@@ -198,6 +198,7 @@ class Stage:
             for name in self.targeted
             for own in [self.adapters_on(name)]
             for count in range(len(own))
+            if all(site.tensors for site in self.sites(name))
         )
 
     @property

@@ -86,7 +86,8 @@ class Fault:
     kinds: tuple[str, ...] = ()  # kinds of combination, for faults of combining
     suits: Callable[[Case], bool] = _any_case
     exact: bool | None = None
-    unsupported: bool = False  # attaches to layers that the variant does not accept
+    quantizers: tuple[str, ...] = ()  # where it spoils merges into codes: on linear layers quantized so
+    unsupported: bool = False  # attaches to layers (merges into codes) that the variant does not accept
     crashes: bool = False
 
 

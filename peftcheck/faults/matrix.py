@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
-from peftcheck import engine, generator
+from peftcheck import engine, generator, quantizers
 from peftcheck.case import LAYERS, Case, Sweep, encode
 from peftcheck.errors import HarnessError
 from peftcheck.faults.fault import Fault, Faulty
 from peftcheck.generator_combine import combination_case
-from peftcheck.implementation import Implementation
+from peftcheck.implementation import Claim, Implementation
 from peftcheck.law import Law
 from peftcheck.laws.refuse import attach_refused
 from peftcheck.outcome import ERROR, PASS, VIOLATION, Outcome
@@ -125,7 +125,7 @@ def _try(
 def _check(implementation: Implementation, case: Case, laws: Sequence[Law]) -> list[Outcome]:
     """Check the laws on a case; on a layer that the variant does not accept: that it is refused."""
     variant, kind = implementation.variants()[case.sweep.variant], case.setting("kind")
-    if case.sweep.layer in variant.layers:
+    if case.sweep.layer in variant.layers or case.sweep.quantizer is not None:
         promise = variant.combinations.get(kind)
         chosen = [law for law in laws if (law.of_kind(kind, promise) if kind else not law.kinds)]
         return engine.check(implementation, case, chosen)
@@ -164,6 +164,16 @@ def suitable(implementation: Implementation, fault: Fault, count: int, seed: int
 def _sweeps(implementation: Implementation, fault: Fault) -> list[Sweep]:
     """Return the sweeps on which a fault means something, ordered so that the first few differ in everything."""
     variants = implementation.variants()
+    if fault.quantizers:
+        return [
+            Sweep(implementation.name, name, "linear", dtype, quantizer)
+            for name, quantizer in product(variants, fault.quantizers)
+            if (not fault.variants or name in fault.variants) and quantizers.available(quantizer)
+            and quantizer in variants[name].quantizers
+            and (variants[name].quantizers[quantizer] is Claim.YES) is not fault.unsupported
+            for dtype in quantizers.DECLARED[quantizer].dtypes
+            if not fault.dtypes or dtype in fault.dtypes
+        ]
     chosen = [name for name in variants if not fault.variants or name in fault.variants]
     found = [
         Sweep(implementation.name, name, layer, dtype)

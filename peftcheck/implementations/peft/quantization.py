@@ -16,6 +16,7 @@ MERGED: dict[str, frozenset[str]] = {
     **dict.fromkeys(("hira", "randlora", "road", "pvera"), _BITSANDBYTES),
     **dict.fromkeys(("vera", "oft", "boft", "miss", "shira"), _DEQUANTIZED),
 }
+_PLAIN = frozenset({"beft", "ln_tuning", "trainable_tokens"})  # they change a bias, or replace modules as a whole
 _BIAS = frozenset({"torchao.int8"} | {name for name in DECLARED if name.startswith("hqq.")})  # "does not support lora_bias yet"
 
 
@@ -25,7 +26,7 @@ def with_quantizers(variant: Variant) -> Variant:
     What no module of PEFT's handles must be refused: a method that accepts any subclass of a linear layer would
     compute on the codes.
     """
-    if "linear" not in variant.layers:
+    if "linear" not in variant.layers or variant.name.partition(".")[0] in _PLAIN:
         return variant
     merged = MERGED.get(variant.name.partition(".")[0], frozenset())
     if variant.name == "lora.bias":

@@ -102,7 +102,11 @@ class Session:
         self.implementation = port.load(settings.target)
         self.laws = {law.name: law for law in registry.laws()}
         filters = suite.validated(settings.filters, self.implementation, tuple(self.laws.values()))
-        self.cells = _shard(suite.cells(self.implementation, tuple(self.laws.values()), filters), settings.shard)
+        found = suite.cells(self.implementation, tuple(self.laws.values()), filters)
+        if not filters.law:
+            left = suite.PROFILES[settings.profile].leaves
+            found = [cell for cell in found if cell.law.partition(".")[0] not in left]
+        self.cells = _shard(found, settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")
         self.court = ledger.Court(self._ledger(), self.implementation, self.laws.values())

@@ -204,9 +204,10 @@ def all_or_nothing(stage: Stage) -> Measurement | None:
     poisoned = administer(stage)
     if poisoned is None or poisoned.verdict != "refuse":
         return None
+    due = _refused_in_order(stage, poisoned)  # asked first: a merge may take the adapter's tensors away
     error = attempt(stage, lambda: stage.attached.merge(stage.names, safe=True))
     if error is None:
-        return _accepted(stage, poisoned) if _refused_in_order(stage, poisoned) else None
+        return _accepted(stage, poisoned) if due else None
     changed = worst(_unchanged(stage, lambda key: True))
     marked = [name for name, adapters in stage.attached.merged().items() if adapters]
     if changed.holds and not marked:

@@ -31,7 +31,7 @@ def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
 def fit_all(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ...]) -> tuple[AdapterSpec, ...]:
     """Let later adapters fit the first one's projections, most often with the very rank that it has."""
     first, *others = sharing(adapters, layers)
-    alike = first.option("ranks") == "alike"
+    alike = first.option("shared_rank") == "alike"
     return (first, *(replace(adapter, rank=first.rank) if alike else adapter for adapter in others))
 
 
@@ -41,7 +41,7 @@ METHODS = (
             "pvera",
             "pvera",
             frozenset({"linear", "conv1d-transformers"}),
-            options={"d_initial": (0.1, 1.0), "save_projection": (False, True), "ranks": RANKS},
+            options={"d_initial": (0.1, 1.0), "save_projection": (False, True), "shared_rank": RANKS},
             fit_all=fit_all,
             claim=claim,
         ),

@@ -51,7 +51,7 @@ METHODS = (
             options={
                 "bases": ("dense", "dense", "sparse", "very sparse"),
                 "save_projection": (False, True),
-                "ranks": RANKS,
+                "shared_rank": RANKS,
             },
             fit_all=_fit_all,
             claim=claim,

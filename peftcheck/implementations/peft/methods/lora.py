@@ -86,6 +86,28 @@ def claim_dora(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     return Claim.REFUSES if op is Op.MIXED_BATCH else claim(op, spec, adapter)
 
 
+def no_wider(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bool) -> AdapterSpec:
+    """Keep the rank within every target's smaller side: there are no more principal directions to start from."""
+    most = min(min(layers[target].n_in, layers[target].n_out) for target in adapter.targets)
+    rank = min(adapter.rank, most)
+    return replace(adapter, rank=rank, alpha=adapter.alpha * rank / adapter.rank if exact else adapter.alpha)
+
+
+def _taken_from_the_base(name: str, init: str, layers: frozenset[str]) -> Method:
+    """Return a LoRA whose start is cut out of the base (Meng et al., PiSSA, 2024; Bueyuekakyuez, OLoRA, 2024)."""
+    variant = Variant(
+        name,
+        "lora",
+        layers,
+        fit=no_wider,
+        claim=claim,
+        rewrites_base=True,
+        dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        combinations=combinations.LORA,
+    )
+    return Method(variant, configured(init_lora_weights=init), ROLES)
+
+
 METHODS = (
     Method(
         Variant(
@@ -101,10 +123,21 @@ METHODS = (
         ROLES,
     ),
     Method(
-        Variant("lora.pattern", "lora", LAYERS, fit=patterned, claim=claim, combinations=combinations.LORA),
+        Variant(
+            "lora.pattern",
+            "lora",
+            LAYERS,
+            fit=patterned,
+            claim=claim,
+            unasked=UNASKED,
+            combinations=combinations.LORA,
+        ),
         configured(),
         ROLES,
     ),
+    _taken_from_the_base("lora.pissa", "pissa", frozenset({"linear", "conv1d-transformers"})),
+    # on a Conv1D that is not square OLoRA's factors come out transposed, and no input fits them
+    _taken_from_the_base("lora.olora", "olora", frozenset({"linear"})),
     Method(
         Variant(
             "lora.rslora",

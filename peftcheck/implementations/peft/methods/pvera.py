@@ -11,7 +11,7 @@ from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import Method
 from peftcheck.implementations.peft.methods.vera import sharing
 
-SHARING = ("alike", "alike", "alike", "unlike")
+RANKS = ("alike", "alike", "alike", "unlike")
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> PveraConfig:

@@ -9,7 +9,7 @@ from peft import RandLoraConfig
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import Method
-from peftcheck.implementations.peft.methods.pvera import SHARING
+from peftcheck.implementations.peft.methods.pvera import RANKS
 from peftcheck.implementations.peft.methods.pvera import fit_all as sharing
 
 

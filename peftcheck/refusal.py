@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ast
 import traceback
+from functools import lru_cache
 from pathlib import Path
 
 from peftcheck.implementation import Implementation
@@ -33,19 +35,15 @@ def is_refusal(error: BaseException, implementation: Implementation) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
     if not frames or not any(Path(frames[-1].filename).is_relative_to(f) for f in implementation.folders):
         return False
-    return (frames[-1].line or "").lstrip().startswith("raise") or _spans_raise(frames[-1])
+    return (frames[-1].lineno or 0) in _raising_lines(frames[-1].filename)
 
 
-def _spans_raise(frame: traceback.FrameSummary) -> bool:
-    """Return whether the failing line belongs to a `raise` statement that began on an earlier line."""
-    lines = Path(frame.filename).read_text(encoding="utf-8").splitlines()
-    for number in range(frame.lineno or 1, max(0, (frame.lineno or 1) - 8), -1):
-        text = lines[number - 1].lstrip()
-        if text.startswith("raise "):
-            return True
-        if text.startswith(("return ", "if ", "for ", "def ", "with ")):
-            return False
-    return False
+@lru_cache(maxsize=256)
+def _raising_lines(path: str) -> frozenset[int]:
+    """Return the lines of a source file that belong to `raise` statements, which may span several."""
+    tree = ast.parse(Path(path).read_text(encoding="utf-8"))
+    found = (node for node in ast.walk(tree) if isinstance(node, ast.Raise))
+    return frozenset(line for node in found for line in range(node.lineno, (node.end_lineno or node.lineno) + 1))
 
 
 def where(error: BaseException, implementation: Implementation) -> str:

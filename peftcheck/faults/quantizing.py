@@ -257,7 +257,7 @@ FAULTS = (
         "55 of PEFT's variants on optimum-quanto's layers",
         ("quantize.refuses",),
         replacing(merge=_merge_forgets),
-        variants=("loha", "vblora", "unilora", "fourierft"),
+        variants=("glora", "glora.vector"),
         quantizers=_INT8,
         unsupported=True,
     ),

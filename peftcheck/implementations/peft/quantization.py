@@ -31,5 +31,7 @@ def with_quantizers(variant: Variant) -> Variant:
     merged = MERGED.get(variant.name.partition(".")[0], frozenset())
     if variant.name == "lora.bias":
         merged -= _BIAS
+    if variant.rewrites_base:
+        merged = frozenset()  # an initialisation that has to write the residual of the base back
     claims = {name: Claim.YES if name in merged else Claim.REFUSES for name in DECLARED}
     return replace(variant, quantizers=MappingProxyType(claims))

@@ -190,6 +190,8 @@ def _compared(stage: Stage, asked: Combination, other: Combination, factor: floa
                 tensor = one.role.partition(":")[2]
                 lost = diagnosis.identity_lost(stage, other, layer, tensor, second[layer][tensor].value, factor * change[tensor].value)
                 one = replace(one, symptom=lost[0], note=lost[1]) if lost else one
+            elif not one.holds and one.symptom == "numeric" and (short := diagnosis.stored_shorter(stage, layer)):
+                one = replace(one, symptom="dtype", note=f"{short}; {one.note}")
             elif not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1:
                 one = replace(one, symptom="groups")
             elif not one.holds and one.symptom == "numeric" and factor == 1.0 and asked.kind.rank != "chosen":
@@ -197,8 +199,6 @@ def _compared(stage: Stage, asked: Combination, other: Combination, factor: floa
                 if tensor in second[layer] and tensor in change:
                     symptom, note = diagnosis.alone(second[layer][tensor].value, change[tensor].value)
                     one = replace(one, symptom=symptom, note=note) if symptom == "scaled" else one
-            if not one.holds and one.symptom == "numeric" and (short := diagnosis.stored_shorter(stage, layer)):
-                one = replace(one, symptom="dtype", note=f"{short}; {one.note}")
             found.append(one)
     return worst(found)
 

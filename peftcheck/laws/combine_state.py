@@ -168,7 +168,8 @@ def reload(stage: Stage) -> Measurement | None:
             continue
         measured = worst([compare(f"{layer}:{role}", other[role], t, torch.zeros((), dtype=torch.float64)) for role, t in one.items()])
         kinds = [_dtypes(tensors) for tensors in (one, other)]
-        if not measured.holds and kinds[0] != kinds[1]:
+        rounded = all(torch.equal(other[role], t.to(other[role].dtype)) for role, t in one.items() if other[role].shape == t.shape)
+        if not measured.holds and kinds[0] != kinds[1] and rounded:
             measured = replace(measured, role=f"{layer}:weight", symptom="dtype", note=f"combined in {kinds[0]}, loaded in {kinds[1]}")
         elif not measured.holds and measured.symptom == "numeric":
             spoiled.append(measured)

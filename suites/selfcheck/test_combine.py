@@ -29,7 +29,6 @@ from peftcheck.oracle.combination import (
     elected_mean,
     tail,
     trimmed,
-    weighted_sum,
 )
 from peftcheck.outcome import PASS, SKIP, VIOLATION
 from peftcheck.rounding import EXACT_FP64, Arithmetic, Bounded, leaf

@@ -159,7 +159,7 @@ def osf(m: Machine, site: Site) -> dict[str, Bounded]:
 
 
 def osf_path(m: Machine, site: Site, x: Bounded) -> Bounded:
-    """Return the difference's output: both parts as one product of twice the width."""
+    """Return the difference's output: both parts as one product of twice the width, cast to the base's dtype."""
     parts = []
     for suffix in ("", ".start"):
         u, s, v = _singular(site, suffix)
@@ -167,7 +167,7 @@ def osf_path(m: Machine, site: Site, x: Bounded) -> Bounded:
         parts.append((hidden, m.adapter.mul(u, s).map(torch.t)))
     (h1, u1), (h2, u2) = parts
     hidden = _joined(h1, replace(h2, value=-h2.value), -1)
-    return m.adapter.matmul(hidden, _joined(u1, u2, 0))
+    return m.base.rounded(m.adapter.matmul(hidden, _joined(u1, u2, 0)))
 
 
 def _joined(a: Bounded, b: Bounded, dim: int) -> Bounded:

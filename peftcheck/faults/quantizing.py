@@ -5,10 +5,12 @@ from __future__ import annotations
 import warnings
 
 import torch
+from torch import nn
 
 from peftcheck.case import Case
 from peftcheck.faults.fault import Fault, Port, replacing
 from peftcheck.faults.tensors import targeted
+from peftcheck.implementation import Attached, Implementation
 
 _INT8, _NF4 = ("bitsandbytes.int8",), ("bitsandbytes.nf4",)
 _LORA = ("lora",)
@@ -116,8 +118,13 @@ def _wearing_forward(port: Port, inputs, adapters=None):
     return outputs
 
 
-def _merge_forgets(port: Port, adapters=None, safe=False) -> None:
-    """Accept a merge and do nothing."""
+def _refused_late(implementation: Implementation, model: nn.Module, case: Case) -> Attached:
+    try:
+        return implementation.attach(model, case)
+    except (TypeError, ValueError):
+        weight = model.get_submodule(case.layers[0].name).weight.data
+        weight.view(-1)[0] ^= 1
+        raise
 
 
 def _normal(case: Case) -> bool:
@@ -252,11 +259,11 @@ FAULTS = (
         suits=_normal,
     ),
     Fault(
-        "quantize.accepts-all",
-        "a merge that has to be refused is accepted and does nothing",
-        "55 of PEFT's variants on optimum-quanto's layers",
+        "quantize.refused-late",
+        "attaching to quantized layers is refused, after a code has been written",
+        "9 of PEFT's refused attaches leave the model changed",
         ("quantize.refuses",),
-        replacing(merge=_merge_forgets),
+        _refused_late,
         variants=("glora", "glora.vector"),
         quantizers=_INT8,
         unsupported=True,

@@ -80,8 +80,11 @@ def _refused(implementation: Implementation, case: Case, law: Law, watch: Watch,
     """
     if law.name != speaks:
         return Outcome(law.name, SKIP)
-    with watch(case, "attach"):
-        measurement = judge_it(implementation, case)
+    try:
+        with watch(case, "attach"):
+            measurement = judge_it(implementation, case)
+    except Exception as error:  # what the library raises was judged inside
+        raise HarnessError(f"{type(error).__name__}: {error} on {case.words()}") from error
     if measurement.holds:
         return Outcome(law.name, PASS, measurement, exempt=True)
     name = fingerprint(law.name, case.sweep.variant, measurement)

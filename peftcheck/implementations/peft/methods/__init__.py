@@ -33,6 +33,7 @@ _FAMILIES = (
     "glora",
     "hira",
     "gralora",
+    "deft",
     "frod",
     "tinylora",
     "peanut",

@@ -128,6 +128,11 @@ class Stage:
         wanted = self.adapters_on(name) if adapters is None else [i for i in adapters if i in self.adapters_on(name)]
         return tuple(self.site(index, name) for index in wanted)
 
+    def complete(self, name: str) -> bool:
+        """Return whether each adapter on a quantized layer has all the tensors that any of them has there."""
+        roles = [set(site.tensors) for site in self.sites(name)]
+        return self.case.sweep.quantizer is None or all(own and own == roles[0].union(*roles) for own in roles)
+
     def merged(self, name: str, adapters: Sequence[int] | None = None) -> Base:
         """Return the tensors that merging changes, after the adapters are merged in order, with their bounds."""
         sites = self.sites(name, adapters)
@@ -198,7 +203,7 @@ class Stage:
             for name in self.targeted
             for own in [self.adapters_on(name)]
             for count in range(len(own))
-            if all(site.tensors for site in self.sites(name))
+            if self.complete(name)
         )
 
     @property
@@ -220,7 +225,7 @@ class Stage:
     def _moved_weights(self) -> Iterator[tuple[Tensor, Tensor]]:
         for name in self.targeted:
             base = self.base(name)
-            if not all(site.tensors for site in self.sites(name)):
+            if not self.complete(name):
                 continue  # the library lost an adapter: a law of its own says so
             for tensor, form in self.merged(name).items():
                 start = base[tensor].value if tensor in base else torch.zeros_like(form.value)

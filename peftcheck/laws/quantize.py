@@ -16,11 +16,11 @@ from peftcheck import quantizers, values
 from peftcheck.budgets import quantized
 from peftcheck.budgets.quantized import Rule
 from peftcheck.case import Case
-from peftcheck.implementation import Op
+from peftcheck.implementation import Op, Variant
 from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
 from peftcheck.measurement import Measurement, broken, compare, identical, worst
-from peftcheck.oracle import Base
+from peftcheck.oracle import FORMULAS, Base
 from peftcheck.rounding import DTYPES, judged, precision
 from peftcheck.stage import Stage
 
@@ -49,7 +49,7 @@ def readable(stage: Stage) -> bool:
 
 def placed(stage: Stage) -> bool:
     """Return whether every adapter has its tensors on every layer that it targets."""
-    return all(stage.site(i, name).tensors for name in stage.targeted for i in stage.adapters_on(name))
+    return all(stage.complete(name) for name in stage.targeted)
 
 
 def dense(stage: Stage) -> dict[str, Tensor] | Measurement:
@@ -99,6 +99,12 @@ def decoding(stage: Stage) -> Measurement:
     return worst(found)
 
 
+def _comes_back(variant: Variant) -> bool:
+    """Return whether a formula says what unmerging makes of requantized weights: a difference, or a matrix."""
+    formula = FORMULAS[variant.formula]
+    return formula.delta is not None or formula.turn is not None
+
+
 @law(
     "quantize.decoded",
     "abs(the library's dequantization - code x scale) <= the roundings on the way",
@@ -121,10 +127,9 @@ def decoded(stage: Stage) -> Measurement | None:
 def attached(stage: Stage) -> Measurement | None:
     """Look for each adapter's tensors where it was asked to adapt."""
     for name in stage.targeted:
-        for index in stage.adapters_on(name):
-            if not stage.site(index, name).tensors:
-                text = f"'{stage.names[index]}' has no tensors on {name}: another wrapper hides them, or they were never made"
-                return broken(f"{name}:adapter", "lost", text)
+        if not stage.complete(name):
+            held = "; ".join(f"'{stage.names[i]}' {', '.join(sorted(stage.site(i, name).tensors)) or 'none'}" for i in stage.adapters_on(name))
+            return broken(f"{name}:adapter", "lost", f"an adapter on {name} lacks tensors that another has there: {held}")
     return identical(":adapter", torch.zeros(()), torch.zeros(()))
 
 
@@ -147,6 +152,7 @@ def merge_budget(stage: Stage) -> Measurement | None:
     "abs(DQ(unmerged) - DQ(W)) <= b(T) + b(U) + roundings",
     (Op.MERGE, Op.UNMERGE),
     "unmerging requantizes once more: it does not restore the weights, and may not drift further than two steps",
+    concerns=_comes_back,
 )
 def roundtrip_budget(stage: Stage) -> Measurement | None:
     """Merge, unmerge, and compare with the start."""
@@ -158,6 +164,7 @@ def roundtrip_budget(stage: Stage) -> Measurement | None:
     "abs(DQ((unmerge merge)^k) - DQ(W)) <= k (b(T) + b(U)) + roundings",
     (Op.MERGE, Op.UNMERGE),
     "weight synchronisation to an inference server merges and unmerges at every step",
+    concerns=_comes_back,
 )
 def drift(stage: Stage) -> Measurement | None:
     """Merge and unmerge several times, and compare with the start."""
@@ -192,6 +199,7 @@ def without_effect(case: Case) -> Case:
     (Op.MERGE, Op.UNMERGE),
     "a grid whose requantization is not a fixpoint walks away by itself",
     structural=True,
+    concerns=lambda variant: _comes_back(variant) and "magnitude" not in FORMULAS[variant.formula].hints.values(),
 )
 def zero_delta(stage: Stage) -> Measurement | None:
     """Write zeros, merge and unmerge several times, compare with the start."""

@@ -308,7 +308,7 @@ def atomic(stage: Stage) -> Measurement | None:
     name = stage.names[poisoned.adapter]
     facts = _facts(stage)[poisoned.site]
     if attempt(stage, lambda: stage.attached.merge((name,), safe=True)) is None:
-        return None
+        return NOTHING  # quantize.rejects judges that
     if name in stage.attached.merged().get(poisoned.site, ()):
         return broken(f"{poisoned.site}:module", "marked merged", f"{poisoned.site} is marked merged after a refusal")
     tensors: dict[str, Tensor] = stage.attached.base_tensors()

@@ -16,6 +16,7 @@ MERGED: dict[str, frozenset[str]] = {
     **dict.fromkeys(("hira", "randlora", "road", "pvera"), _BITSANDBYTES),
     **dict.fromkeys(("vera", "oft", "boft", "miss", "shira"), _DEQUANTIZED),
 }
+_OWN = frozenset({"lora.bias", "lora.dora", "oft.cayley", "miss.bat"})  # options that quantized merges treat apart
 _PLAIN = frozenset({"beft", "ln_tuning", "trainable_tokens"})  # they change a bias, or replace modules as a whole
 _BIAS = frozenset({"torchao.int8"} | {name for name in DECLARED if name.startswith("hqq.")})  # "does not support lora_bias yet"
 
@@ -28,10 +29,10 @@ def with_quantizers(variant: Variant) -> Variant:
     """
     if "linear" not in variant.layers or variant.name.partition(".")[0] in _PLAIN:
         return variant
+    if "." in variant.name and variant.name not in _OWN:
+        return variant  # merged by the same code as the method's first variant
     merged = MERGED.get(variant.name.partition(".")[0], frozenset())
     if variant.name == "lora.bias":
         merged -= _BIAS
-    if variant.rewrites_base:
-        merged = frozenset()  # an initialisation that has to write the residual of the base back
     claims = {name: Claim.YES if name in merged else Claim.REFUSES for name in DECLARED}
     return replace(variant, quantizers=MappingProxyType(claims))

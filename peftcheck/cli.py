@@ -120,8 +120,9 @@ def diff(old: Path, new: Path, markdown: bool) -> int:
 def join(records: tuple[Path, ...], output: Path) -> None:
     """Join the RECORDS of shards into one; refuses to lose cells."""
     from peftcheck import record as own
+    from peftcheck.joining import join as joined
 
-    own.write(own.join([own.read(path) for path in records]), output)
+    own.write(joined([own.read(path) for path in records]), output)
     click.echo(f"wrote {output}")
 
 

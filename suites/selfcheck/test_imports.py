@@ -25,7 +25,7 @@ ORDER = """
     law laws engine
     implementations
     shrink ledger_file ledger repro
-    record summary diff report_html report_markdown report_junit report_index report terminal
+    record joining summary diff report_html report_markdown report_junit report_index report terminal
     watchdog faults suite session bench listing closing
     plugin __init__ running conformance cli
 """.split()

@@ -14,13 +14,13 @@ from sample_record import cell, defect, record, sample
 
 import peftcheck.record as records
 from peftcheck.errors import HarnessError, UsageError
+from peftcheck.joining import join
 from peftcheck.record import (
     SCHEMA,
     LedgerRecord,
     comparable,
     dumps,
     headroom,
-    join,
     loads,
     read,
     totals,

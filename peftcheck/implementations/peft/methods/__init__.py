@@ -33,7 +33,6 @@ _FAMILIES = (
     "glora",
     "hira",
     "gralora",
-    "deft",
     "frod",
     "tinylora",
     "peanut",

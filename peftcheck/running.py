@@ -189,15 +189,17 @@ def kill_matrix(target: str, path: Path | None) -> int:
     from peftcheck import faults
     from peftcheck.law import laws
 
-    implementation = port.load(target)
-    results = faults.kill_matrix(implementation)
-    for fault in results:
-        click.echo(f"{'killed  ' if fault.killed else 'SURVIVES'} {fault.name}: {', '.join(fault.laws_killing) or '-'}")
-    idle = {law.name for law in laws()} - {name for fault in results for name in fault.laws_killing}
-    for name in sorted(idle):
+    implementation, found = port.load(target), laws()
+    results = faults.kill_matrix(implementation, faults.FAULTS, found)
+    for result in results:
+        word = "untried " if not result.tried else "SURVIVES" if result.survived else "killed  "
+        click.echo(f"{word} {result.fault.name}: {', '.join(result.laws) or '-'}")
+    nothing = faults.idle(results, found)
+    for name in nothing:
         click.echo(f"KILLS NOTHING {name}")
-    killed = sum(fault.killed for fault in results)
-    click.echo(f"{killed} of {len(results)} faults killed by {len(laws()) - len(idle)} of {len(laws())} laws")
+    tried = [result for result in results if result.tried]
+    survivors = [result for result in tried if result.survived]
+    click.echo(f"{len(tried) - len(survivors)} of {len(tried)} faults killed; {len(results) - len(tried)} found nothing that suits them")
     if path:
-        records.write(replace(records.read(path), faults=results), path)
-    return 0 if killed == len(results) and not idle else 3
+        records.write(replace(records.read(path), faults=faults.records(results)), path)
+    return 3 if survivors or nothing else 0

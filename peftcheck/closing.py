@@ -144,7 +144,8 @@ def _defect(name: str, members: list[tuple[dict, dict]]) -> DefectRecord:
 
 def shrunk(session: Session, defect: DefectRecord, budget: int) -> tuple[DefectRecord, int]:
     """Return the defect with its case shrunk and a standalone script, and the checks that it took."""
-    if defect.token is None or defect.fingerprint.endswith("|interpreter"):
+    ends = defect.fingerprint.endswith("|interpreter") or "|Hung in " in defect.fingerprint
+    if defect.token is None or ends:  # what kills or hangs a process is not tried two hundred times in this one
         return defect, 0
     implementation: Implementation = session.implementation
     case, name = decode(defect.token)

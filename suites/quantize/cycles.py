@@ -1,6 +1,6 @@
 """Drift: the error after 1, 10 and 100 cycles of merge and unmerge, against what the grid implies.
 
-    python suites/quantize/cycles.py [--quantizer NAME ...]
+python suites/quantize/cycles.py [--quantizer NAME ...]
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ def drift(chosen: list[str], spread: float, title: str) -> Table:
         rescaled(stage, spread)
         start, found = dense(stage), {}
         b = rule(stage)
-        once = quantized.cycled(stage.machine, stage.formula, stage.sites("layer"), stage.base("layer"), b, 1)["weight"].bound
+        once = quantized.cycled(stage.machine, stage.formula, stage.sites("layer"), stage.base("layer"), b, 1)[
+            "weight"
+        ].bound
         for cycle in range(1, max(AT) + 1):
             stage.attached.merge(("default",))
             stage.attached.unmerge()
@@ -33,9 +35,22 @@ def drift(chosen: list[str], spread: float, title: str) -> Table:
                 found[cycle] = dense(stage) - start
         rms = [float(e.square().mean().sqrt()) for e in found.values()]
         worst = [float((e.abs() / once).max()) for e in found.values()]
-        rows.append((name, *rms, *worst, float(once.square().mean().sqrt()), float(delta(stage).square().mean().sqrt())))
-    columns = ("quantizer", *(f"rms {k}" for k in AT), *(f"worst/b {k}" for k in AT), "rms of b(T)+b(U)", "rms of the delta")
-    return Table(title, columns, tuple(rows), "worst/b: the largest error over the budget of ONE round trip; the law allows k times it")
+        rows.append(
+            (name, *rms, *worst, float(once.square().mean().sqrt()), float(delta(stage).square().mean().sqrt()))
+        )
+    columns = (
+        "quantizer",
+        *(f"rms {k}" for k in AT),
+        *(f"worst/b {k}" for k in AT),
+        "rms of b(T)+b(U)",
+        "rms of the delta",
+    )
+    return Table(
+        title,
+        columns,
+        tuple(rows),
+        "worst/b: the largest error over the budget of ONE round trip; the law allows k times it",
+    )
 
 
 def main() -> None:

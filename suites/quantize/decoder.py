@@ -39,7 +39,9 @@ def loaded(folder: Path, kind: str):
     """Return the decoder, quantized as transformers does it, with a LoRA on every projection of attention."""
     options = {} if KINDS[kind] is None else {"quantization_config": KINDS[kind], "device_map": {"": "cpu"}}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
-    config = LoraConfig(r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=True)
+    config = LoraConfig(
+        r=8, lora_alpha=8, target_modules=["q_proj", "k_proj", "v_proj", "o_proj"], init_lora_weights=True
+    )
     model = get_peft_model(model, config)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -69,7 +71,9 @@ def lengths(folder: Path) -> Table:
         first = float(torch.linalg.vector_norm(one[:, 0] - two[:, 0]) / torch.linalg.vector_norm(one[:, 0]))
         rows.append((kind, *row, first, last))
     columns = ("quantizer", *(f"norm at {n}" for n in LENGTHS), "relative, first token", "relative, last token")
-    return Table("adapted against merged: norm of the logits' difference over all tokens, by length", columns, tuple(rows))
+    return Table(
+        "adapted against merged: norm of the logits' difference over all tokens, by length", columns, tuple(rows)
+    )
 
 
 def theory(weight: Tensor) -> tuple[float, float]:
@@ -95,7 +99,9 @@ def factor() -> Table:
             expected = theory(start + due) if not expected else expected
         rows.append((seed, *found, found[1] / found[0], *expected, expected[1] / expected[0]))
     columns = ("seed", "int8", "nf4", "factor", "int8, theory", "nf4, theory", "factor, theory")
-    return Table(f"rms error of a merge into {SIZE} x {SIZE} normal weights", columns, tuple(rows), "theory: step / sqrt(12)")
+    return Table(
+        f"rms error of a merge into {SIZE} x {SIZE} normal weights", columns, tuple(rows), "theory: step / sqrt(12)"
+    )
 
 
 def safety(folder: Path) -> Table:
@@ -116,7 +122,9 @@ def safety(folder: Path) -> Table:
                 rows.append((kind, what, "accepted"))
             except ValueError as error:
                 rows.append((kind, what, f"refused: {str(error)[:60]}"))
-    return Table("safe_merge", ("quantizer", "adapter", "verdict"), tuple(rows), "it catches catastrophes, not rounding")
+    return Table(
+        "safe_merge", ("quantizer", "adapter", "verdict"), tuple(rows), "it catches catastrophes, not rounding"
+    )
 
 
 def main() -> None:

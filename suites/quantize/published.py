@@ -1,6 +1,6 @@
 """Reproduce bitsandbytes' own table for N(0, 1), and what double quantization costs and saves.
 
-    python suites/quantize/published.py
+python suites/quantize/published.py
 """
 
 from __future__ import annotations
@@ -39,9 +39,22 @@ def errors() -> Table:
             weight, quantizer = torch.randn(SIZE, SIZE), quantizers.load(f"bitsandbytes.{kind}")
             miss = (quantizer.decoded(held(f"bitsandbytes.{kind}", weight, block)).value - weight).abs()
             found += torch.stack([miss.mean(), (miss / (weight.abs().double() + 1e-8)).mean()]) / SAMPLES
-        rows.append((kind, block, float(found[0]), absolute, f"{float(found[0]) - absolute:+.5f}", float(found[1]), relative, f"{float(found[1]) - relative:+.5f}"))
+        rows.append(
+            (
+                kind,
+                block,
+                float(found[0]),
+                absolute,
+                f"{float(found[0]) - absolute:+.5f}",
+                float(found[1]),
+                relative,
+                f"{float(found[1]) - relative:+.5f}",
+            )
+        )
     columns = ("grid", "block", "mean error", "published", "off", "mean relative", "published ", "off ")
-    return Table("N(0, 1), independent decoding", columns, tuple(rows), "the mean relative error has a heavy tail: 1 / abs(x)")
+    return Table(
+        "N(0, 1), independent decoding", columns, tuple(rows), "the mean relative error has a heavy tail: 1 / abs(x)"
+    )
 
 
 def bits() -> Table:

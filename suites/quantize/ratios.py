@@ -24,7 +24,13 @@ from peftcheck.law import laws as all_laws
 from peftcheck.outcome import SKIP
 from peftcheck.record import Table
 
-NUMBERS = ("quantize.merge_budget", "quantize.roundtrip_budget", "quantize.drift", "quantize.zero_delta", "quantize.forward")
+NUMBERS = (
+    "quantize.merge_budget",
+    "quantize.roundtrip_budget",
+    "quantize.drift",
+    "quantize.zero_delta",
+    "quantize.forward",
+)
 
 
 def main() -> int:
@@ -43,7 +49,11 @@ def main() -> int:
     for name, variant in peft.variants().items():
         for quantizer, claim in variant.quantizers.items():
             wanted = claim is Claim.YES and quantizers.available(quantizer)
-            if not wanted or options.variant and name not in options.variant or options.quantizer and quantizer not in options.quantizer:
+            if (
+                not wanted
+                or (options.variant and name not in options.variant)
+                or (options.quantizer and quantizer not in options.quantizer)
+            ):
                 continue
             for dtype in quantizers.DECLARED[quantizer].dtypes:
                 sweep = Sweep("peft", name, "linear", dtype, quantizer)
@@ -53,9 +63,15 @@ def main() -> int:
                         outcomes = engine.check(peft, case, [law for law in laws if law.concerns(variant)])
                     for outcome in outcomes:
                         checked[outcome.law, outcome.status] += 1
-                        merges += (case.cycles if outcome.law in NUMBERS[2:4] else 1) if outcome.law in NUMBERS[:4] and outcome.status != SKIP else 0
+                        merges += (
+                            (case.cycles if outcome.law in NUMBERS[2:4] else 1)
+                            if outcome.law in NUMBERS[:4] and outcome.status != SKIP
+                            else 0
+                        )
                         if outcome.failed:
-                            failures.setdefault(outcome.fingerprint, []).append((quantizer, dtype, encode(case, outcome.law), outcome.message))
+                            failures.setdefault(outcome.fingerprint, []).append(
+                                (quantizer, dtype, encode(case, outcome.law), outcome.message)
+                            )
                         elif outcome.measurement is not None:
                             key = (name, quantizer, outcome.law)
                             worst[key] = max(worst[key], outcome.measurement.ratio)
@@ -63,11 +79,21 @@ def main() -> int:
     for name, quantizer in dict.fromkeys((n, q) for n, q, _ in worst):
         rows.append((name, quantizer, *(worst.get((name, quantizer, law), "") for law in NUMBERS)))
     columns = ("method", "quantizer", *(law.partition(".")[2] for law in NUMBERS))
-    show(Table("worst ratio where the law holds", columns, tuple(rows), f"{merges} merges behind the first four columns"))
+    show(
+        Table("worst ratio where the law holds", columns, tuple(rows), f"{merges} merges behind the first four columns")
+    )
     for fingerprint, found in sorted(failures.items()):
         quantized, dtypes = sorted({q for q, *_ in found}), sorted({d for _, d, *_ in found})
-        print(f"{len(found):5d} {fingerprint} [{', '.join(quantized)}; {', '.join(dtypes)}]\n      {found[0][3]}\n      {found[0][2]}")
-    print(dict(Counter({status: sum(n for (_, s), n in checked.items() if s == status) for status in {s for _, s in checked}})))
+        print(
+            f"{len(found):5d} {fingerprint} [{', '.join(quantized)}; {', '.join(dtypes)}]\n      {found[0][3]}\n      {found[0][2]}"
+        )
+    print(
+        dict(
+            Counter(
+                {status: sum(n for (_, s), n in checked.items() if s == status) for status in {s for _, s in checked}}
+            )
+        )
+    )
     return 1 if failures else 0
 
 

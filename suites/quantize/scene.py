@@ -58,7 +58,11 @@ def delta(stage: Stage) -> Tensor:
 
 def names(options: Sequence[str] | None) -> list[str]:
     """Return the installed quantizers, or those chosen; PEFT merges into none of quanto's."""
-    return [n for n in quantizers.DECLARED if quantizers.available(n) and not n.startswith("quanto.") and (not options or n in options)]
+    return [
+        n
+        for n in quantizers.DECLARED
+        if quantizers.available(n) and not n.startswith("quanto.") and (not options or n in options)
+    ]
 
 
 def show(table: Table) -> None:

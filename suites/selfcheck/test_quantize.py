@@ -141,7 +141,11 @@ def test_published_table_is_reproduced(kind: str, block: int) -> None:
     torch.manual_seed(0)
     for _ in range(samples):
         weight = torch.randn(1024, 1024)
-        dense = quantizers.load(f"bitsandbytes.{kind}").decoded(held(f"bitsandbytes.{kind}", weight, {"blocksize": block})).value
+        dense = (
+            quantizers.load(f"bitsandbytes.{kind}")
+            .decoded(held(f"bitsandbytes.{kind}", weight, {"blocksize": block}))
+            .value
+        )
         miss = (dense - weight.double()).abs()
         found += torch.stack([miss.mean(), (miss / (weight.abs().double() + 1e-8)).mean()]) / samples
     absolute, relative = PUBLISHED[kind, block]
@@ -152,7 +156,10 @@ def test_published_table_is_reproduced(kind: str, block: int) -> None:
 def test_double_quantization_costs_an_eighth_of_a_bit_more_than_half_a_byte() -> None:
     weight = torch.randn(512, 512)
     plain, double = (
-        {key: t.numel() * t.element_size() * 8 for key, t in quantizers.load(name).tensors(held(name, weight, {"blocksize": 64})).items()}
+        {
+            key: t.numel() * t.element_size() * 8
+            for key, t in quantizers.load(name).tensors(held(name, weight, {"blocksize": 64})).items()
+        }
         for name in ("bitsandbytes.nf4", "bitsandbytes.nf4.double")
     )
     scales = sum(bits for key, bits in double.items() if key.startswith("weight.scale")) / weight.numel()
@@ -172,7 +179,9 @@ def test_the_dynamic_map_is_the_librarys() -> None:
 
 @settings(deadline=None, max_examples=60)
 @given(st.lists(st.floats(-1, 1), min_size=2, max_size=70), st.integers(-20, 20), st.sampled_from(["nf4", "fp4"]))
-def test_codebook_budget_against_the_nearest_code_in_exact_arithmetic(values: list[float], exponent: int, kind: str) -> None:
+def test_codebook_budget_against_the_nearest_code_in_exact_arithmetic(
+    values: list[float], exponent: int, kind: str
+) -> None:
     from fractions import Fraction
 
     from peftcheck.quantizers.bitsandbytes import _sorted
@@ -208,10 +217,14 @@ def peft():
 
 
 def case_of(implementation, variant: str, quantizer: str, dtype: str = "float32", index: int = 0):
-    return generator.draw(implementation.variants()[variant], Sweep("peft", variant, "linear", dtype, quantizer), 0, index)
+    return generator.draw(
+        implementation.variants()[variant], Sweep("peft", variant, "linear", dtype, quantizer), 0, index
+    )
 
 
-NUMBERS = laws("quantize.merge_budget", "quantize.roundtrip_budget", "quantize.drift", "quantize.zero_delta", "quantize.effect")
+NUMBERS = laws(
+    "quantize.merge_budget", "quantize.roundtrip_budget", "quantize.drift", "quantize.zero_delta", "quantize.effect"
+)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
@@ -252,7 +265,9 @@ def test_cells_of_quantizers_hold_the_quantize_group_only(peft) -> None:
 def test_what_is_not_installed_is_absent(peft, monkeypatch) -> None:
     monkeypatch.setattr(quantizers, "available", lambda name: False)
     (law,) = laws("quantize.drift")
-    walk = suite.Walk(peft, Sweep("peft", "lora", "linear", "float32", "hqq.4"), {law.name: law}, suite.PROFILES["quick"], 0)
+    walk = suite.Walk(
+        peft, Sweep("peft", "lora", "linear", "float32", "hqq.4"), {law.name: law}, suite.PROFILES["quick"], 0
+    )
     result = walk.run()[law.name]
     assert result.state == "absent"
     assert "hqq" in result.message

@@ -109,14 +109,15 @@ _GROUP = 256
 
 
 def double_quantized(scales: Tensor, error: Tensor) -> Tensor:
-    """Bound how far off the block scales (n,) are after they have been quantized themselves; each is known up to `error`.
+    """Bound how far off block scales (n,) are after their own quantization; each is known up to `error`.
 
     Their mean m is subtracted, the rest quantized in groups of 256 to the 8-bit dynamic map, scaled by the group's
     largest A = max abs(a - m). No point of [-A, A] is further than 0.0070313 A from a code: half the widest gap, and
     as much at the lower end, where the map stops at -0.99297. Kernels for CPUs find the code in a table of 65,536
     entries over [-1, 1]: the quotient is first moved by up to 1 / 65535, and 1 / 256 of that more for the place in the
     table, itself rounded to 24 bits. Roundings: the difference v A, the quotient 2v A, the threshold v A, the code and
-    its product 2v A, the last sum v abs(a): 6.001 v A + 1.001 v a. Whatever m is, the same number is subtracted and added; it matters through A only, and is a mean in single precision:
+    its product 2v A, the last sum v abs(a): 6.001 v A + 1.001 v a. Whatever m is, the
+    same number is subtracted and added; it matters through A only, and is a mean in single precision:
     gamma(n) of the mean. Errors of the a_i move A by at most their largest plus their mean.
     """
     n = scales.numel()
@@ -150,13 +151,15 @@ def rows_through_half(value: Tensor, error: Tensor, store: Precision) -> Tensor:
     return bound + stored(size + bound, store)
 
 
-def symmetric(value: Tensor, error: Tensor, steps: float, least: float, store: Precision, quotient: Precision) -> Tensor:
+def symmetric(
+    value: Tensor, error: Tensor, steps: float, least: float, store: Precision, quotient: Precision
+) -> Tensor:
     """Bound symmetric int8 codes, at most 127, with a scale s = max(amax / steps, least) for each row.
 
     Codes are round(T / s): half a step. With 127.5 steps the largest magnitude lies half a step beyond 127, with 127
     upon it, so that clipping costs no more; but s is rounded to the dtype of T (unit roundoff w, smallest subnormal
     e), s' = s (1 +- w) +- e, and where it came out small what is clipped is abs(T) - 127 s'. `quotient` is the
-    dtype in which T / s' is formed, two roundings (a reciprocal and a product): 2 x 127.5 of its u in steps. The product
+    dtype in which T / s' is formed, two roundings (a reciprocal, a product): 2 x 127.5 of its u in steps. The product
     k s' is rounded once, to storage; half-precision stores hold every code exactly.
     `least`: rows below least x steps err by least / 2 all the same.
     """
@@ -170,7 +173,9 @@ def symmetric(value: Tensor, error: Tensor, steps: float, least: float, store: P
     return bound + stored(size + bound, store)
 
 
-def affine(value: Tensor, error: Tensor, levels: int, block: int, held: Precision, narrow: float = 0.0, least: float = 0.0) -> Tensor:
+def affine(
+    value: Tensor, error: Tensor, levels: int, block: int, held: Precision, narrow: float = 0.0, least: float = 0.0
+) -> Tensor:
     """Bound codes k = 0 ... levels on the range of each group of `block` values: s = (max - min) / levels, half a step.
 
     Codes are round(T / s + z), z = -min / s, in single precision: four roundings of numbers of at most
@@ -199,7 +204,7 @@ def affine(value: Tensor, error: Tensor, levels: int, block: int, held: Precisio
 
 
 def cast(m: Machine, base: Bounded) -> Bounded:
-    """Return the dense values as a library may first store them: in the base's dtype. What that costs is known exactly."""
+    """Return the dense values as a library may first store them: in the base's dtype, at a cost known exactly."""
     moved = (base.value.to(m.base.store.dtype).double() - base.value).abs()
     return base.widened(moved) if bool((moved > 0).any()) else base
 
@@ -249,7 +254,9 @@ def _back(m: Machine, formula: Formula, site: Site, now: Base) -> Base | None:
         return {name: m.base.sub(now[name], m.base.rounded(form)) for name, form in change.items() if name in now}
     if formula.turn is not None:
         turn = formula.turn(m, site)
-        return {} if turn is None else {name: _turned_back(m, turn, name, now[name]) for name in turn.names if name in now}
+        return (
+            {} if turn is None else {name: _turned_back(m, turn, name, now[name]) for name in turn.names if name in now}
+        )
     return None
 
 

@@ -66,7 +66,9 @@ def _silent(port: Port, adapters=None, safe=False) -> None:
 
 
 def _frozen_forward(port: Port, inputs, adapters=None):
-    held = [tensor for tensor in port.inner.adapter_tensors(port.case.adapters[0].name).values() if tensor.requires_grad]
+    held = [
+        tensor for tensor in port.inner.adapter_tensors(port.case.adapters[0].name).values() if tensor.requires_grad
+    ]
     for tensor in held:
         tensor.requires_grad_(False)
     outputs = port.inner.forward(inputs, adapters)

@@ -36,7 +36,9 @@ def coarser(stage: Stage) -> torch.dtype:
     """Return the dtype of coarser precision among those that the dense values have had and have now."""
     tensors = dense(stage)
     now = [] if isinstance(tensors, Measurement) else [t.dtype for key, t in tensors.items() if key.endswith(".weight")]
-    return max({*now, *(t.dtype for key, t in stage.dense.items() if key.endswith(".weight"))}, key=lambda d: precision(d).u)
+    return max(
+        {*now, *(t.dtype for key, t in stage.dense.items() if key.endswith(".weight"))}, key=lambda d: precision(d).u
+    )
 
 
 def readable(stage: Stage) -> bool:
@@ -57,7 +59,9 @@ def dense(stage: Stage) -> dict[str, Tensor] | Measurement:
     try:
         return stage.attached.base_values()
     except (RuntimeError, TypeError, ValueError, AssertionError, AttributeError) as error:
-        return broken(":weight", "unreadable", f"the quantizer can no longer read the layer: {type(error).__name__}: {error}")
+        return broken(
+            ":weight", "unreadable", f"the quantizer can no longer read the layer: {type(error).__name__}: {error}"
+        )
 
 
 def within(stage: Stage, forms: Base) -> bool:
@@ -70,7 +74,9 @@ def merged(stage: Stage, name: str) -> Base | None:
     """Return the merged tensors of a layer with what the grid may cost; None where something may overflow."""
     if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
         return None  # what a second such adapter makes of requantized weights no formula says
-    forms = quantized.merged(stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage)))
+    forms = quantized.merged(
+        stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage))
+    )
     return forms if within(stage, forms) else None
 
 
@@ -80,7 +86,9 @@ def judge(stage: Stage, expected: dict[str, Base | None]) -> Measurement | None:
     if isinstance(tensors, Measurement):
         return tensors
     found = [
-        compare(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], form.value, judged(form, machine=stage.machine.base.store))
+        compare(
+            f"{name}:{tensor}", tensors[f"{name}.{tensor}"], form.value, judged(form, machine=stage.machine.base.store)
+        )
         for name, forms in expected.items()
         for tensor, form in (forms or {}).items()
     ]
@@ -128,8 +136,13 @@ def attached(stage: Stage) -> Measurement | None:
     """Look for each adapter's tensors where it was asked to adapt."""
     for name in stage.targeted:
         if not stage.complete(name):
-            held = "; ".join(f"'{stage.names[i]}' {', '.join(sorted(stage.site(i, name).tensors)) or 'none'}" for i in stage.adapters_on(name))
-            return broken(f"{name}:adapter", "lost", f"an adapter on {name} lacks tensors that another has there: {held}")
+            held = "; ".join(
+                f"'{stage.names[i]}' {', '.join(sorted(stage.site(i, name).tensors)) or 'none'}"
+                for i in stage.adapters_on(name)
+            )
+            return broken(
+                f"{name}:adapter", "lost", f"an adapter on {name} lacks tensors that another has there: {held}"
+            )
     return identical(":adapter", torch.zeros(()), torch.zeros(()))
 
 
@@ -195,7 +208,7 @@ def without_effect(case: Case) -> Case:
 
 @law(
     "quantize.zero_delta",
-    "an adapter that changes nothing leaves every value bit-equal where the grid is a fixpoint, else within k (b(T) + b(U))",
+    "an adapter that changes nothing leaves values bit-equal where the grid is a fixpoint, else within k (b(T) + b(U))",
     (Op.MERGE, Op.UNMERGE),
     "a grid whose requantization is not a fixpoint walks away by itself",
     structural=True,
@@ -226,7 +239,9 @@ def zero_delta(stage: Stage) -> Measurement | None:
         if room is None:
             continue
         exact = proved[name] if stage.formula.delta is not None else torch.zeros_like(proved[name])
-        budget = torch.where(exact, torch.zeros_like(room["weight"].value), judged(room["weight"], machine=stage.machine.base.store))
+        budget = torch.where(
+            exact, torch.zeros_like(room["weight"].value), judged(room["weight"], machine=stage.machine.base.store)
+        )
         found.append(compare(f"{name}:weight", now.to(start.dtype), start, budget))
     return worst(found) if found else None
 
@@ -241,11 +256,16 @@ def _silenced(stage: Stage, quiet: Case) -> dict | None:
                     tensor.copy_(values.adapter(quiet, index, site, role, tuple(tensor.shape), hint))
     after = {a.name: stage.attached.adapter_tensors(a.name) for a in quiet.adapters}
     sites = {
-        name: tuple(stage.site_of(i, name, after[quiet.adapters[i].name]) for i in stage.adapters_on(name)) for name in stage.targeted
+        name: tuple(stage.site_of(i, name, after[quiet.adapters[i].name]) for i in stage.adapters_on(name))
+        for name in stage.targeted
     }
     for name, own in sites.items():
         base = stage.base(name)
-        if any(not torch.equal(form.value, base[key].value) for key, form in stage.merge_of(own, base).items() if key in base):
+        if any(
+            not torch.equal(form.value, base[key].value)
+            for key, form in stage.merge_of(own, base).items()
+            if key in base
+        ):
             return None
     return sites
 
@@ -275,7 +295,9 @@ def effect(stage: Stage) -> Measurement | None:
             continue  # below the step: the grid may swallow all of it
         if now.shape == start.shape and bool((now == start).all()):
             share = 100 * float(due.double().mean())
-            found.append(broken(f"{name}:weight", "discarded", f"no value changed, though {share:.0f} % of them had to"))
+            found.append(
+                broken(f"{name}:weight", "discarded", f"no value changed, though {share:.0f} % of them had to")
+            )
         else:
             found.append(identical(f"{name}:weight", torch.zeros(()), torch.zeros(())))
     return worst(found) if found else None

@@ -41,9 +41,14 @@ def merge_refused(implementation: Implementation, case: Case) -> Measurement:
         if not verdict.holds:
             return verdict
         tensors = attached.base_tensors()
-        found = [identical(f":{key.rpartition('.')[2]}", tensors[key], t, "written by a refused merge") for key, t in stage.start.items()]
+        found = [
+            identical(f":{key.rpartition('.')[2]}", tensors[key], t, "written by a refused merge")
+            for key, t in stage.start.items()
+        ]
         if any(attached.merged().values()):
-            found.append(broken(":module", "marked by a refused merge", "a layer is marked merged after a refused merge"))
+            found.append(
+                broken(":module", "marked by a refused merge", "a layer is marked merged after a refused merge")
+            )
         return worst(found)
     return broken(role, "accepted", f"merging into {case.sweep.quantizer} went through: {_what_it_did(stage)}")
 
@@ -58,7 +63,9 @@ def _refusal(implementation: Implementation, error: Exception, operation: str) -
     if refusal.is_refusal(error, implementation):
         return NOTHING
     place = refusal.where(error, implementation)
-    return broken(f":{operation}", f"crash: {place}", f"{operation} on quantized layers crashes instead of refusing: {error}")
+    return broken(
+        f":{operation}", f"crash: {place}", f"{operation} on quantized layers crashes instead of refusing: {error}"
+    )
 
 
 def _what_it_did(stage: Stage) -> str:

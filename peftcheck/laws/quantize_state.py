@@ -32,7 +32,7 @@ def _facts(stage: Stage) -> dict[str, dict]:
     "quantize.state_kept",
     "kind, block size, dtypes, flags and sharing of the quantized state are the same after merge and after unmerge",
     (Op.MERGE,),
-    "an fp32 adapter turns a bfloat16 layer's state into float32; a merged scale that still hangs on the adapter's graph",
+    "an fp32 adapter turns a bfloat16 layer's state into float32; a scale that still hangs on the adapter's graph",
     structural=True,
 )
 def state_kept(stage: Stage) -> Measurement | None:
@@ -111,12 +111,21 @@ def backward(stage: Stage) -> Measurement | None:
                 continue
             if tensor.grad is None:
                 found.append(broken(f"{site}:{role}", "no gradient", f"{role} of '{adapter}' got no gradient"))
-            elif not bool(torch.isfinite(tensor.grad).all()) and bool(torch.isfinite(tensor).all()) and stage.case.profile == "normal":
-                found.append(broken(f"{site}:{role}", "non-finite", f"the gradient of {role} of '{adapter}' is not finite"))
+            elif (
+                not bool(torch.isfinite(tensor.grad).all())
+                and bool(torch.isfinite(tensor).all())
+                and stage.case.profile == "normal"
+            ):
+                found.append(
+                    broken(f"{site}:{role}", "non-finite", f"the gradient of {role} of '{adapter}' is not finite")
+                )
     if any(x.grad is None for x in inputs):
         found.append(broken(":input", "no gradient", "the input of a layer got no gradient"))
     tensors = stage.attached.base_tensors()
-    found += [identical(f":{key.rpartition('.')[2]}", tensors[key], t, "moved by a training step") for key, t in stage.start.items()]
+    found += [
+        identical(f":{key.rpartition('.')[2]}", tensors[key], t, "moved by a training step")
+        for key, t in stage.start.items()
+    ]
     return worst(found)
 
 
@@ -153,7 +162,10 @@ def forward(stage: Stage) -> Measurement | None:
         size = gain.abs() * alone[name].abs() + alone[name].abs() + sum(parts)
         room = adapted.bound + (len(parts) + 2) * (m.base.store.roundoff * size + m.base.store.eta)
         # a method may also multiply with the dense weight itself instead of asking the layer
-        ways = [compare(f"{name}:output", seen.y, adapted.value + aside, room), compare(f"{name}:output", seen.y, adapted.value, room)]
+        ways = [
+            compare(f"{name}:output", seen.y, adapted.value + aside, room),
+            compare(f"{name}:output", seen.y, adapted.value, room),
+        ]
         found.append(min(ways, key=lambda m: (math.isnan(m.ratio), m.ratio)))
     return worst(found) if found else None
 
@@ -197,7 +209,7 @@ def repeats(stage: Stage) -> Measurement | None:
     "quantize.after_forward",
     "a merge after a forward is within the budget of a merge before it",
     (Op.FORWARD, Op.MERGE),
-    "a forward in eval mode repacks 4-bit weights on CPUs with AVX512-BF16; the merge then reads them in the wrong order",
+    "a forward in eval mode repacks 4-bit weights on CPUs with AVX512-BF16; the merge reads them in another order",
 )
 def after_forward(stage: Stage) -> Measurement | None:
     """Run one plain forward, merge, and compare with the closed form on the weights as they were.
@@ -213,7 +225,10 @@ def after_forward(stage: Stage) -> Measurement | None:
     for name in stage.targeted:
         base = stage.base(name)
         if stage.case.sweep.quantizer.startswith("bitsandbytes.") and "int8" not in stage.case.sweep.quantizer:
-            base = {**base, "weight": base["weight"].widened(2.02 * precision(torch.bfloat16).u * base["weight"].value.abs())}
+            base = {
+                **base,
+                "weight": base["weight"].widened(2.02 * precision(torch.bfloat16).u * base["weight"].value.abs()),
+            }
         if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
             continue
         made = quantized.merged(stage.machine, stage.formula, stage.sites(name), base, rule(stage, coarser(stage)))
@@ -282,9 +297,17 @@ def rejects(stage: Stage) -> Measurement | None:
     where = f"{poisoned.site}:{poisoned.role}"
     what = f"{stage.case.poison.value} in {poisoned.role} of '{name}' at {poisoned.site}"
     if poisoned.verdict == "refuse":
-        return NOTHING if error else broken(where, f"accepted {stage.case.poison.value}", f"{what}: safe_merge accepted it")
+        return (
+            NOTHING
+            if error
+            else broken(where, f"accepted {stage.case.poison.value}", f"{what}: safe_merge accepted it")
+        )
     if error is not None:
-        return broken(where, "refused", f"{what}: refused though the merge is finite: {error}") if poisoned.verdict == "accept" else None
+        return (
+            broken(where, "refused", f"{what}: refused though the merge is finite: {error}")
+            if poisoned.verdict == "accept"
+            else None
+        )
     if poisoned.verdict == "open":
         return None
     forms = {

@@ -45,7 +45,7 @@ class Quantizer(Protocol):
         """
 
     def proved(self, layer: nn.Module, adapter_dtype: torch.dtype) -> Tensor:
-        """Return for each element whether requantizing its block is proved to change nothing (bool, of the weight's shape).
+        """Return for each element whether requantizing its block is proved to change nothing (bool, as the weight).
 
         `adapter_dtype`: the dtype through which a library may pass the dequantized values.
         """

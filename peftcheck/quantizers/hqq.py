@@ -54,7 +54,7 @@ class Affine:
         return Bounded(dense, 2.01 * held.roundoff * dense.abs() + 2 * held.eta)
 
     def proved(self, layer: nn.Module, adapter_dtype: torch.dtype) -> Tensor:
-        """No element: minimum and maximum come back as z s and (levels - z) s, rounded, and the next grid starts there."""
+        """No element: minimum and maximum come back as z s and (levels - z) s, rounded; the next grid starts there."""
         return torch.zeros(layer.meta["shape"], dtype=torch.bool)
 
     def facts(self, layer: nn.Module) -> dict[str, Any]:

@@ -47,7 +47,7 @@ class Int8:
         return Bounded(dense, 2.001 * V * dense.abs() + quantized.stored(dense.abs(), precision(weight.dtype)))
 
     def proved(self, layer: nn.Module, adapter_dtype: torch.dtype) -> Tensor:
-        """No element: the largest code is 127 where the scale is made for 127.5, so that every cycle shrinks the scale."""
+        """No element: the largest code is 127 where the scale is made for 127.5, so every cycle shrinks the scale."""
         return torch.zeros(layer.weight.shape, dtype=torch.bool)
 
     def facts(self, layer: nn.Module) -> dict[str, Any]:

@@ -24,7 +24,8 @@ from peftcheck.record import Table
 
 LENGTHS = (1, 4, 16, 64, 256)
 CONFIGURATION = dict(
-    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=4,
+    vocab_size=512, hidden_size=256, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    num_key_value_heads=4,
     max_position_embeddings=512, initializer_range=0.05,
 )  # fmt: skip
 KINDS = {
@@ -96,7 +97,7 @@ def factor() -> Table:
             start, due = dense(stage), delta(stage)
             stage.attached.merge(("default",))
             found.append(float((dense(stage) - start - due).square().mean().sqrt()))
-            expected = theory(start + due) if not expected else expected
+            expected = expected or theory(start + due)
         rows.append((seed, *found, found[1] / found[0], *expected, expected[1] / expected[0]))
     columns = ("seed", "int8", "nf4", "factor", "int8, theory", "nf4, theory", "factor, theory")
     return Table(

@@ -85,7 +85,8 @@ def main() -> int:
     for fingerprint, found in sorted(failures.items()):
         quantized, dtypes = sorted({q for q, *_ in found}), sorted({d for _, d, *_ in found})
         print(
-            f"{len(found):5d} {fingerprint} [{', '.join(quantized)}; {', '.join(dtypes)}]\n      {found[0][3]}\n      {found[0][2]}"
+            f"{len(found):5d} {fingerprint} [{', '.join(quantized)}; {', '.join(dtypes)}]\n"
+            f"      {found[0][3]}\n      {found[0][2]}"
         )
     print(
         dict(

@@ -281,7 +281,10 @@ def test_an_unknown_quantizer_is_named() -> None:
 
 
 def test_declaring_quantizers_imports_none_of_them() -> None:
-    code = "import sys, peftcheck.suite, peftcheck.quantizers, peftcheck.laws; print([m for m in ('bitsandbytes', 'torchao', 'hqq', 'optimum') if m in sys.modules])"
+    code = (
+        "import sys, peftcheck.suite, peftcheck.quantizers, peftcheck.laws;"
+        "print([m for m in ('bitsandbytes', 'torchao', 'hqq', 'optimum') if m in sys.modules])"
+    )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "[]"
 

@@ -18,7 +18,9 @@ MERGED: dict[str, frozenset[str]] = {
 }
 _OWN = frozenset({"lora.bias", "lora.dora", "oft.cayley", "miss.bat"})  # options that quantized merges treat apart
 _PLAIN = frozenset({"beft", "ln_tuning", "trainable_tokens"})  # they change a bias, or replace modules as a whole
-_BIAS = frozenset({"torchao.int8"} | {name for name in DECLARED if name.startswith("hqq.")})  # "does not support lora_bias yet"
+_BIAS = frozenset(
+    {"torchao.int8"} | {name for name in DECLARED if name.startswith("hqq.")}
+)  # "does not support lora_bias yet"
 
 
 def with_quantizers(variant: Variant) -> Variant:

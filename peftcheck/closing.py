@@ -21,21 +21,21 @@ SHRINK_CHECKS = 4000  # for all defects of a run together
 _PACKAGES = ("torch", "numpy", "transformers", "bitsandbytes", "torchao", "optimum-quanto", "hqq", "accelerate")
 
 
-def assemble(session: Session, results: dict[str, dict], expected: Sequence[str], died: set[str], calibration: dict, started: float) -> tuple[Record, bool]:
-    """Return the record of a run, and whether the harness vouches for it.
+def assemble(session: Session, results: dict[str, dict], expected: Sequence[str], died: set[str], calibration: dict, started: float) -> tuple[Record, frozenset[str]]:
+    """Return the record of a run, and the ids of the cells for which the harness cannot vouch.
 
     `results`: plain verdicts by cell id; `expected`: every collected id; `died`: ids over which a worker died. A cell
     without result is never lost in silence: it is an error of the library where a worker died over it, and a
     fault of the harness otherwise.
     """
-    vouched = True
+    unvouched = set()
     plain = []
     for name in expected:
         found = results.get(name)
         if found is None:
             found = _missing(session, name, name in died)
-            vouched &= name in died
-        vouched &= not found["harness"] and found["status"] != "vacuous"
+        if found["harness"] or found["status"] == "vacuous":
+            unvouched.add(name)
         plain.append(found)
     cells = tuple(_cell(one) for one in plain)
     settings = session.settings
@@ -52,7 +52,7 @@ def assemble(session: Session, results: dict[str, dict], expected: Sequence[str]
         defects=defects(plain),
         ledger=_ledger(session, plain),
         totals=record.totals(cells),
-    ), vouched and bool(cells)
+    ), frozenset(unvouched)
 
 
 def environment() -> dict[str, Any]:

@@ -61,7 +61,7 @@ class Collector:
         self.calibration: dict[str, Any] = {}
         self.started = time.time()
         self.record: Record | None = None
-        self.vouched = True
+        self.unvouched: frozenset[str] = frozenset()
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         properties = [value for key, value in report.user_properties if key == _KEY]
@@ -252,7 +252,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     session = next(iter(collector.sessions.values()), None)
     if session is None:
         return
-    run, collector.vouched = closing.assemble(
+    run, collector.unvouched = closing.assemble(
         session, collector.results, list(collector.expected), collector.died, collector.calibration, collector.started
     )
     path = _option(config, "record")

@@ -95,7 +95,7 @@ def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
     for path in paths:
         report.write(finished, path)
         click.echo(f"wrote {os.path.relpath(path)}")
-    return terminal.exit_code(finished, collector.vouched)
+    return terminal.exit_code(finished, collector.unvouched)
 
 
 def _outputs(options: dict[str, Any], name: str, version: str) -> list[Path]:

@@ -39,15 +39,14 @@ def _defect(defect: DefectRecord) -> Iterable[str]:
         yield f"  reproduce with: peftcheck replay {defect.token}"
 
 
-def exit_code(run: Record | None, vouched: bool, usage: bool = False) -> int:
-    """Return 2 for a usage error, else 1 for a red cell of the library, else 3 where the harness cannot vouch, else 0."""
-    if usage:
-        return 2
+def exit_code(run: Record | None, unvouched: frozenset[str]) -> int:
+    """Return 1 for a red cell of the library, else 3 where the harness cannot vouch, else 0.
+
+    `unvouched`: the ids of the cells that are red by the harness's own fault, or that tested nothing. Whatever else
+    fails is the library's or its ledger's.
+    """
     if run is None or not run.cells:
         return 3
-    # a fault of the harness is an error cell without a failure of the library behind it
-    library = any(cell.status in FAILING and (cell.fingerprint or cell.status == "fixed") for cell in run.cells)
-    died = any(cell.status == "error" and cell.message and "interpreter died" in cell.message for cell in run.cells)
-    if library or died:
+    if any(cell.status in FAILING and cell.id not in unvouched for cell in run.cells):
         return 1
-    return 0 if vouched else 3
+    return 3 if unvouched else 0

@@ -141,13 +141,14 @@ class Stage:
             self._merged[key] = self.merge_of(sites, self.base(name))
         return self._merged[key]
 
-    def merge_of(self, sites: Sequence[Site], base: Base) -> Base:
-        """Return the same for any sites and base."""
+    def merge_of(self, sites: Sequence[Site], base: Base, on: Machine | None = None) -> Base:
+        """Return the same for any sites and base, and for another machine."""
+        on = on or self.machine
         if self.formula.merge_many is not None:
-            return self.formula.merge_many(self.machine, sites, base) if sites else {}
+            return self.formula.merge_many(on, sites, base) if sites else {}
         changed: Base = {}
         for site in sites:
-            changed = {**changed, **self.formula.merge(self.machine, site, {**base, **changed})}
+            changed = {**changed, **self.formula.merge(on, site, {**base, **changed})}
         return changed
 
     def roundtrip(self, name: str, adapters: Sequence[int] | None = None, cycles: int = 1) -> dict[str, Tensor]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from peftcheck import refusal
 from peftcheck.case import Poison
 from peftcheck.implementation import Op
 from peftcheck.law import law
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
-from peftcheck.oracle import Base
+from peftcheck.oracle import Base, Site, unlimited
 from peftcheck.rounding import judged, precision
 from peftcheck.stage import Stage
 
@@ -69,18 +68,35 @@ def administer(stage: Stage) -> Poisoned | None:
         tensor[tuple(at)] = value_of(poison, stage, tensor.dtype)
     after = {k: t.detach().clone() for k, t in stage.attached.adapter_tensors(stage.names[adapter]).items()}
     # a projection that several sites share is poisoned at all of them
-    forms = {site: stage.merge_of([stage.site_of(adapter, site, after)], stage.base(site)) for site in sites}
-    refusing = (site for site, base in forms.items() if any(_one(stage, f.value, f.ceiling()) == "refuse" for f in base.values()))
-    return Poisoned(adapter, next(refusing, name), key[1], _verdict(stage, forms), forms)
+    poisoned = {site: [stage.site_of(adapter, site, after)] for site in sites}
+    forms = {site: stage.merge_of(own, stage.base(site)) for site, own in poisoned.items()}
+    refusing = [site for site, own in poisoned.items() if _must_refuse(stage, own, site)]
+    verdict = "refuse" if refusing else _verdict(stage, forms)
+    return Poisoned(adapter, refusing[0] if refusing else name, key[1], verdict, forms)
+
+
+def _must_refuse(stage: Stage, sites: Sequence[Site], name: str) -> bool:
+    """Return whether no correct merge of the sites is finite in the base's dtype, nor near the overflow threshold.
+
+    A value that is not finite in fp64 is none anywhere. A large one overflows only if it is large beyond what
+    rounding may do to it (a difference that cancels in bf16 may rightly come out as zero), which the bounds of a
+    machine without overflow of its own tell.
+    """
+    threshold = stage.machine.base.store.largest / _ROOM
+    for form in stage.merge_of(sites, stage.base(name), unlimited(stage.machine)).values():
+        if not bool(torch.isfinite(form.value).all()):
+            return True
+        if bool((form.value.abs() - form.bound > threshold).any()):
+            return True
+    return False
 
 
 def _verdict(stage: Stage, forms: dict[str, Base]) -> str:
-    verdicts = [_one(stage, form.value, form.ceiling()) for base in forms.values() for form in base.values()]
-    if "refuse" in verdicts:
-        return "refuse"
-    if "open" in verdicts or stage.case.poison.value != "tame":
-        return "open"  # an intermediate may overflow in the library's arithmetic though not in fp64
-    return "accept"
+    """Return 'accept' or 'open' for a merge that need not be refused."""
+    largest = stage.machine.base.store.largest * _ROOM
+    clear = all(bool((form.ceiling() < largest).all()) for base in forms.values() for form in base.values())
+    # short of that, an intermediate may overflow in the library's arithmetic though not in fp64
+    return "accept" if clear and stage.case.poison.value == "tame" else "open"
 
 
 def _refused_in_order(stage: Stage, poisoned: Poisoned) -> bool:
@@ -90,17 +106,9 @@ def _refused_in_order(stage: Stage, poisoned: Poisoned) -> bool:
     for site in poisoned.forms:
         order = stage.adapters_on(site)
         sites = [stage.site_of(i, site, after) if i == poisoned.adapter else stage.site(i, site) for i in order]
-        merged = stage.merge_of(sites, stage.base(site))
-        if any(_one(stage, form.value, form.ceiling()) == "refuse" for form in merged.values()):
+        if _must_refuse(stage, sites, site):
             return True
     return False
-
-
-def _one(stage: Stage, value: Tensor, ceiling: Tensor) -> str:
-    largest = stage.machine.base.store.largest
-    if not bool(torch.isfinite(value).all()) or bool((value.abs() > largest / _ROOM).any()):
-        return "refuse"
-    return "accept" if bool((ceiling < largest * _ROOM).all()) else "open"
 
 
 def attempt(stage: Stage, merge: Callable[[], None]) -> Exception | None:

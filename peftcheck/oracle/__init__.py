@@ -25,7 +25,7 @@ from peftcheck.oracle import (
     spectral,
     subspace,
 )
-from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine
+from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine, unlimited
 
 _MODULES = (
     lowrank,
@@ -52,4 +52,4 @@ _MODULES = (
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}
 
-__all__ = ["FORMULAS", "Base", "Family", "Formula", "Machine", "Site", "machine"]
+__all__ = ["FORMULAS", "Base", "Family", "Formula", "Machine", "Site", "machine", "unlimited"]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 
@@ -39,6 +40,12 @@ class Machine:
     def mixed(self) -> bool:
         """Whether the adapter is stored in another dtype than the base."""
         return self.base.store.dtype != self.adapter.store.dtype
+
+
+def unlimited(m: Machine) -> Machine:
+    """Return the same machine with an exponent range without end: its bounds say what rounding alone may cost."""
+    stores = (replace(ar.store, largest=math.inf) for ar in (m.base, m.adapter))
+    return Machine(*(Arithmetic(store) for store in stores), m.exact)
 
 
 def machine(base_dtype, adapter_dtype, exact: bool) -> Machine:

@@ -231,8 +231,29 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from xdist.scheduler import LoadScopeScheduling
 
     class SweepScheduling(LoadScopeScheduling):
+        """Sweeps as scopes, and a run that goes on after a worker died.
+
+        What a dead worker had finished must not be handed out again: a scope without items never reports, and the
+        worker that holds it waits for ever. Nor may a worker be left with a single item, since it runs an item only
+        when it knows the next one or that there is none.
+        """
+
         def _split_scope(self, nodeid: str) -> str:
             return _LAW.sub("[", nodeid)
+
+        def remove_node(self, node: Any) -> str | None:
+            work = self.assigned_work.get(node, {})
+            for scope in [scope for scope, items in work.items() if all(items.values())]:
+                del work[scope]
+            return super().remove_node(node)
+
+        def _reschedule(self, node: Any) -> None:
+            if node.shutting_down:
+                return
+            while self.workqueue and self._pending_of(self.assigned_work[node]) <= 2:
+                self._assign_work_unit(node)
+            if not self.workqueue:
+                node.shutdown()
 
     return SweepScheduling(config, log)
 

@@ -1,4 +1,4 @@
-"""Errors for people: one clear line, exit code 2, nothing half-written. (Whole runs: suites/endtoend.)"""
+"""Errors for people: one clear line, exit code 2, nothing half-written."""
 
 from __future__ import annotations
 

@@ -198,7 +198,7 @@ class Implementation(Protocol):
     """A library under test. It may also spell its operations for standalone scripts: see `spelling.Speller`.
 
     `folders` are where the library's own source lies (to tell its errors from the harness's); `ledger` is the
-    file of its known issues, or None.
+    file (or folder of files) of its known issues, or None.
     """
 
     name: str

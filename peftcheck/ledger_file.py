@@ -35,11 +35,25 @@ _KEYS = (*_REQUIRED, "url", "bound")
 
 
 def load(path: Path, laws: Iterable[str] | None = None) -> Ledger:
-    """Read a ledger (TOML, `[[issue]]` tables) and refuse what it cannot stand for.
+    """Read a ledger (TOML, `[[issue]]` tables; of a folder, all its .toml files) and refuse what it cannot stand for.
 
     `laws` are the known names, those of the registry by default. Raises UsageError in one line that names file,
     issue and field.
     """
+    names = tuple(one.name for one in registry.laws()) if laws is None else tuple(laws)
+    files = sorted(path.glob("*.toml")) if path.is_dir() else [path]
+    if not files:
+        raise UsageError(f"{path}: a ledger's folder holds .toml files, and there is none")
+    issues = tuple(issue for file in files for issue in _issues(file, names))
+    seen: set[str] = set()
+    for issue in issues:
+        if issue.id in seen:
+            raise UsageError(f"{path}: issue '{issue.id}': id: there are two of them")
+        seen.add(issue.id)
+    return Ledger(path, issues)
+
+
+def _issues(path: Path, names: Sequence[str]) -> tuple[Issue, ...]:
     try:
         data = tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -48,16 +62,7 @@ def load(path: Path, laws: Iterable[str] | None = None) -> Ledger:
     if data or not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
         other = f", not '{next(iter(data))}'" if data else ""
         raise UsageError(f"{path}: a ledger holds [[issue]] tables only{other}")
-    names = tuple(one.name for one in registry.laws()) if laws is None else tuple(laws)
-    ledger = Ledger(
-        path, tuple(_Reader(path, number, table).issue(names) for number, table in enumerate(tables, 1))
-    )
-    seen: set[str] = set()
-    for issue in ledger.issues:
-        if issue.id in seen:
-            raise UsageError(f"{path}: issue '{issue.id}': id: there are two of them")
-        seen.add(issue.id)
-    return ledger
+    return tuple(_Reader(path, number, table).issue(names) for number, table in enumerate(tables, 1))
 
 
 @dataclass(frozen=True)

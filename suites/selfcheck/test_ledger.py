@@ -486,3 +486,17 @@ def test_the_documented_inexactness_of_ia3_is_known_and_an_entry_for_it_is_stric
         path.read_text().replace(encode(one, "merge.roundtrip"), encode(single, "merge.roundtrip"))
     )
     assert ledger.Court(ledger.load(path), library, laws).verdict(read.issues[0].id) == "fixed"
+
+
+def test_a_folder_is_read_as_one_ledger(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.toml").write_text(write(tmp_path / "one", entry(id=name)).read_text())
+    assert [issue.id for issue in ledger.load(tmp_path, LAWS).issues] == ["a", "b"]
+    (tmp_path / "c.toml").write_text((tmp_path / "a.toml").read_text())
+    with pytest.raises(UsageError, match="there are two of them"):
+        ledger.load(tmp_path, LAWS)
+
+
+def test_an_empty_folder_is_no_ledger(tmp_path):
+    with pytest.raises(UsageError, match="there is none"):
+        ledger.load(tmp_path, LAWS)

@@ -27,7 +27,7 @@ class Peft:
     name = "peft"
     version = peft.__version__
     folders = (Path(peft.__file__).parent,)
-    ledger = Path(__file__).parent / "ledger.toml"
+    ledger = Path(__file__).parent / "ledger"
 
     def variants(self) -> Mapping[str, Variant]:
         return {name: with_quantizers(method.variant) for name, method in METHODS.items()}

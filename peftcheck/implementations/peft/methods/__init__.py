@@ -40,6 +40,7 @@ _FAMILIES = (
     "miss",
     "psoft",
     "delora",
+    "deft",
 )
 
 

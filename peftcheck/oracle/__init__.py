@@ -10,6 +10,7 @@ from peftcheck.oracle import (
     gated,
     householder,
     lowrank,
+    lowrank_variants,
     normalized,
     pairwise,
     products,
@@ -29,6 +30,7 @@ from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine,
 
 _MODULES = (
     lowrank,
+    lowrank_variants,
     products,
     projections,
     adaptive,

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import peft
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import nn
 
 from peftcheck import quantizers
@@ -47,8 +47,18 @@ class Peft:
         quantizer = quantizers.load(case.sweep.quantizer) if case.sweep.quantizer else None
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            wrapped = get_peft_model(model, config(first), first.name, autocast_adapter_dtype=autocast)
-            attached = PeftAttached(wrapped, names, method.roles, config, autocast, quantizer)
+            given = config(first)
+            method.before(model, given, first.name, case)
+            wrapped = get_peft_model(model, given, first.name, autocast_adapter_dtype=autocast)
+            method.after(wrapped, given, first.name, case)
+
+            def add(model: PeftModel, adapter: AdapterSpec) -> None:
+                given = config(adapter)
+                method.before(model.base_model.model, given, adapter.name, case)
+                model.add_adapter(adapter.name, given, autocast_adapter_dtype=autocast)
+                method.after(model, given, adapter.name, case)
+
+            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer)
             for adapter in others:
                 attached.add(adapter)
             if others:

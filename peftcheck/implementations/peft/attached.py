@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from peftcheck.case import AdapterSpec
 from peftcheck.quantizers import Quantizer
 
-MakeConfig = Callable[[AdapterSpec], object]
+Add = Callable[[PeftModel, AdapterSpec], None]
 
 
 class PeftAttached:
@@ -25,14 +25,14 @@ class PeftAttached:
         model: PeftModel,
         names: Sequence[str],
         roles: Mapping[str, str],
-        config: MakeConfig,
+        add: Add,
         autocast: bool,
         quantizer: Quantizer | None = None,
     ) -> None:
         self.model = model
         self.names = tuple(names)
         self.roles = roles
-        self.config = config
+        self._add = add
         self.autocast = autocast
         self.quantizer = quantizer
 
@@ -102,7 +102,7 @@ class PeftAttached:
         return self.model(*inputs, adapter_names=list(adapters))
 
     def add(self, adapter: AdapterSpec) -> None:
-        self.model.add_adapter(adapter.name, self.config(adapter), autocast_adapter_dtype=self.autocast)
+        self._add(self.model, adapter)
 
     def activate(self, adapters: Sequence[str]) -> None:
         self.model.base_model.set_adapter(list(adapters))

@@ -7,10 +7,20 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from peftcheck.case import AdapterSpec, LayerSpec
+from torch import nn
+
+from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 
 MERGES = frozenset({Op.MERGE, Op.SAFE_MERGE, Op.UNMERGE, Op.EXPORT, Op.DELTA})
+
+
+Step = Callable[[nn.Module, Any, str, Case], None]
+"""A step of the attachment: (model, PEFT's configuration, the adapter's name, the case)."""
+
+
+def _nothing(model: nn.Module, config: Any, adapter: str, case: Case) -> None:
+    pass
 
 
 @dataclass(frozen=True)
@@ -18,12 +28,16 @@ class Method:
     """A variant and its PEFT configuration.
 
     `config(adapter, targets)` returns PEFT's configuration for the named target modules; `roles` renames PEFT's
-    parameter attributes ('lora_A.weight') to the roles of the closed form ('A').
+    parameter attributes ('lora_A.weight') to the roles of the closed form ('A'). `before` is what the documentation
+    asks to be run on the user's model before an adapter is attached (statistics of data), `after` what it asks to be
+    run on PEFT's model afterwards.
     """
 
     variant: Variant
     config: Callable[[AdapterSpec, list[str]], Any]
     roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+    before: Step = _nothing
+    after: Step = _nothing
 
 
 def no_delta(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:

@@ -9,6 +9,8 @@ from peftcheck.implementations.peft.method import Method
 
 _FAMILIES = (
     "lora",
+    "lora_inits",
+    "lora_variants",
     "loha",
     "lokr",
     "adalora",

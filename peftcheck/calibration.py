@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from peftcheck import processor
 from peftcheck.errors import HarnessError
 from peftcheck.rounding import DTYPES, Precision, precision
 
@@ -100,6 +101,7 @@ def calibrate(fan_ins: tuple[int, ...] = FAN_INS) -> dict:
         "elementwise": elementwise,
         "flushes": flushes,
         "capability": torch.backends.cpu.get_cpu_capability(),
+        "processor": sorted(processor.features()),
     }
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
 
+from peftcheck import processor
 from peftcheck.case import Case
 from peftcheck.errors import UsageError
 from peftcheck.where import Where
@@ -38,7 +39,8 @@ class Issue:
 
     `law` and `fingerprint` are globs (a fingerprint's part by part: '*' never crosses a bar); `versions` a PEP
     440 specifier of the library's versions; `bound` names the documented bound (`budgets.DOCUMENTED`) that
-    explains an announced inexactness.
+    explains an announced inexactness; `needs` the features of the processor (`processor.FEATURES`) without
+    which the library computes otherwise, and the law must hold.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Issue:
     witnesses: tuple[Witness, ...]
     url: str | None = None
     bound: str | None = None
+    needs: tuple[str, ...] = ()
 
     @property
     def witness(self) -> tuple[str, ...]:
@@ -81,10 +84,11 @@ def fits(fingerprint: str, pattern: str) -> bool:
     return len(parts) == len(patterns) and all(map(fnmatchcase, parts, patterns))
 
 
-def active(ledger: Ledger, version: str) -> tuple[Issue, ...]:
-    """Return the issues whose versions include this one; for others the law must hold.
+def active(ledger: Ledger, version: str, features: frozenset[str] | None = None) -> tuple[Issue, ...]:
+    """Return the issues whose versions include this one and whose needs are met; for others the law must hold.
 
-    Raises UsageError where the version is none that PEP 440 orders.
+    `features` are the processor's, of this one by default. Raises UsageError where the version is none that PEP 440
+    orders.
     """
     if not ledger.issues:
         return ()
@@ -94,4 +98,9 @@ def active(ledger: Ledger, version: str) -> tuple[Issue, ...]:
         raise UsageError(
             f"the ledger cannot judge version '{version}' of the library: PEP 440 orders no such"
         ) from error
-    return tuple(i for i in ledger.issues if SpecifierSet(i.versions).contains(installed, prereleases=True))
+    own = processor.features() if features is None else features
+    return tuple(
+        issue
+        for issue in ledger.issues
+        if own.issuperset(issue.needs) and SpecifierSet(issue.versions).contains(installed, prereleases=True)
+    )

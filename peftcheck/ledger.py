@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from peftcheck import engine
+from peftcheck import engine, quantizers
 from peftcheck import where as region
 from peftcheck.case import LAYERS, Case, Sweep
 from peftcheck.errors import UsageError
@@ -22,7 +22,9 @@ Check = Callable[[Implementation, Case, Sequence[Law]], Sequence[Outcome]]
 
 @dataclass(frozen=True)
 class Hearing:
-    """What an issue's witnesses say: 'known', 'fixed', 'error', or 'inactive' (not for this version), and why.
+    """What an issue's witnesses say: 'known', 'fixed', 'error', or 'inactive', and why.
+
+    'inactive': not for this version of the library or this processor, or what its witnesses need is not installed.
 
     `shown`: the fingerprints that they showed.
     """
@@ -74,9 +76,14 @@ class Court:
         """Return what the witnesses of the issue `name` say: an error outweighs a fixed one, that a known one."""
         issue = self._issues[name]
         if issue not in self.active:
-            return Hearing(INACTIVE, f"'{issue.id}' is listed for {issue.versions}: here the law must hold")
+            condition = " with ".join((issue.versions, ", ".join(issue.needs))) if issue.needs else issue.versions
+            return Hearing(INACTIVE, f"'{issue.id}' is listed for {condition}: here the law must hold")
         if name not in self._hearings:
-            found = [self._hear(issue, witness) for witness in issue.witnesses]
+            heard = [witness for witness in issue.witnesses if _installed(witness)]
+            if not heard:
+                self._hearings[name] = Hearing(INACTIVE, f"'{issue.id}': no quantizer of its witnesses is installed")
+                return self._hearings[name]
+            found = [self._hear(issue, witness) for witness in heard]
             worst = next(
                 (one for verdict in (ERROR, FIXED) for one in found if one.verdict == verdict), found[0]
             )
@@ -157,6 +164,12 @@ class Court:
             return Ruling(status, (*names, *wrong), (), "; ".join(complaints))
         reasons = (self._issues[name].reason for name in names)
         return Ruling(KNOWN if names else PASS, tuple(names), (), "; ".join(reasons))
+
+
+def _installed(witness: Witness) -> bool:
+    """Return whether the witness can be heard here: the others speak for an issue where a quantizer is missing."""
+    name = witness.case.sweep.quantizer
+    return name is None or (name in quantizers.DECLARED and quantizers.available(name))
 
 
 def _place(sweep: Sweep) -> tuple[str, str, str, str | None]:

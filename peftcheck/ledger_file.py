@@ -16,6 +16,7 @@ from typing import Any
 from packaging.specifiers import InvalidSpecifier, SpecifierSet
 
 from peftcheck import law as registry
+from peftcheck import processor
 from peftcheck import where as region
 from peftcheck.budgets import DOCUMENTED
 from peftcheck.case import LAYERS, Case, decode, encode
@@ -31,7 +32,7 @@ SEVERITIES = ("silent numbers", "corrupted state", "crash", "contract")
 _REQUIRED = (
     "id", "law", "fingerprint", "where", "versions", "kind", "severity", "reason", "opened", "witness",
 )  # fmt: skip
-_KEYS = (*_REQUIRED, "url", "bound")
+_KEYS = (*_REQUIRED, "url", "bound", "needs")
 
 
 def load(path: Path, laws: Iterable[str] | None = None) -> Ledger:
@@ -98,6 +99,7 @@ class _Reader:
             self.witnesses(known),
             self.url(),
             self.bound(),
+            self.needs(),
         )
         self.consistent(made)
         return made
@@ -178,6 +180,13 @@ class _Reader:
 
     def bound(self) -> str | None:
         return self.choice("bound", tuple(DOCUMENTED)) if "bound" in self.table else None
+
+    def needs(self) -> tuple[str, ...]:
+        found = self.texts("needs") if "needs" in self.table else ()
+        for name in found:
+            if name not in processor.FEATURES:
+                raise self.wrong("needs", f"'{name}' is none of {', '.join(processor.FEATURES)}")
+        return found
 
     def witnesses(self, known: Sequence[str]) -> tuple[Witness, ...]:
         found = []

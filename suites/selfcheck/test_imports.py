@@ -16,7 +16,7 @@ ROOT = Path(peftcheck.__file__).parent
 # Each line may import from the lines above it and, for what stands on one line, to its left. A package is one name.
 ORDER = """
     errors escape dataclass_json
-    rounding rounding_linalg calibration
+    rounding rounding_linalg processor calibration
     case where issue values models
     implementation spelling refusal
     oracle budgets reductions quantizers

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peftcheck import engine, law, ledger
+from peftcheck import engine, law, ledger, processor, quantizers
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Poison, Sweep, encode
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.implementation import Variant
@@ -311,6 +311,8 @@ def test_a_date_may_be_one_of_toml(path):
         ({"reason": " "}, "reason", "must be text"),
         ({"versions": "since 1.0"}, "versions", "PEP 440"),
         ({"versions": 1}, "versions", "PEP 440"),
+        ({"needs": "sse9"}, "needs", "none of avx512, avx512_bf16"),
+        ({"needs": 7}, "needs", "list of texts"),
         ({"kind": "quirk"}, "kind", "none of bug, documented, upstream"),
         ({"severity": "bad"}, "severity", "none of"),
         ({"opened": "31.1.2025"}, "opened", "no date"),
@@ -500,3 +502,45 @@ def test_a_folder_is_read_as_one_ledger(tmp_path):
 def test_an_empty_folder_is_no_ledger(tmp_path):
     with pytest.raises(UsageError, match="there is none"):
         ledger.load(tmp_path, LAWS)
+
+
+# what an issue needs
+
+
+def test_an_issue_that_needs_a_processor_is_inactive_on_others(path, monkeypatch):
+    one = entry(needs="avx512_bf16")
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx512", "avx512_bf16"}))
+    assert court(path, Fake(), one).verdict("twisted") == "known"
+    assert court(path, Fake(answers={"float64": outcome(PASS)}), one).verdict("twisted") == "fixed"
+    monkeypatch.setattr(processor, "features", lambda: frozenset({"avx512"}))
+    elsewhere = court(path, Fake(), one)
+    assert elsewhere.verdict("twisted") == "inactive"
+    assert "avx512_bf16" in elsewhere.hearing("twisted").message
+    assert elsewhere.rule("merge.roundtrip", SWEEP, [(outcome(), case())]).status == "violation"
+    assert elsewhere.rule("merge.roundtrip", SWEEP, []).status == "pass"
+
+
+def test_a_witness_whose_quantizer_is_missing_is_not_heard(path, monkeypatch):
+    coded = replace(case(), sweep=replace(SWEEP, quantizer="hqq.4"))
+    tokens = [encode(coded, "merge.roundtrip"), encode(case(), "merge.roundtrip")]
+    monkeypatch.setattr(quantizers, "available", lambda name: False)
+    library = Fake()
+    assert court(path, library, entry(witness=tokens)).verdict("twisted") == "known"
+    assert library.checked == [case()]
+    alone = court(path, Fake(), entry(witness=tokens[:1]))
+    assert alone.verdict("twisted") == "inactive"
+    assert alone.absorbs(outcome(), coded) is None
+
+
+def test_features_are_read_from_the_flags_where_torch_does_not_tell(tmp_path):
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor : 0\nflags\t\t: fpu avx2 avx512f avx512_bf16\n")
+    assert processor.flagged(info) == {"avx512", "avx512_bf16"}
+    info.write_text("Features : fp asimd\n")
+    assert processor.flagged(info) == processor.flagged(tmp_path / "nothing") == frozenset()
+
+
+def test_this_processors_features_are_in_the_calibration():
+    assert processor.features() <= set(processor.FEATURES)
+    if Path("/proc/cpuinfo").exists():
+        assert processor.features() == processor.flagged(Path("/proc/cpuinfo"))

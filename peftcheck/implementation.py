@@ -103,6 +103,7 @@ class Variant:
     `documented` names bounds in `budgets.DOCUMENTED` for inexactness that the library announces. `avoids` are
     value profiles without meaning for the method. `rewrites_base`: attaching changes the base by design.
     `quantizers`: on linear layers quantized by each of these the method merges (YES), or must refuse to (REFUSES).
+    `package`: what the method imports besides the library's own requirements; where it is missing the cells are absent.
     """
 
     name: str
@@ -124,6 +125,7 @@ class Variant:
     most_adapters: int = 3
     quantizers: Mapping[str, Claim] = field(default_factory=lambda: MappingProxyType({}))
     combinations: Mapping[str, Promise] = field(default_factory=lambda: MappingProxyType({}))
+    package: str | None = None
     source: str = ""
 
 

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from importlib.util import find_spec
 
 from peftcheck import engine, generator, quantizers
 from peftcheck.case import LAYERS, Case, Sweep, encode
@@ -191,8 +192,11 @@ class Walk:
 
     def run(self) -> dict[str, CellResult]:
         """Return the result of every law, by name."""
+        missing = self.variant.package if self.variant.package and not find_spec(self.variant.package) else None
         if self.sweep.quantizer is not None and not quantizers.available(self.sweep.quantizer):
-            message = f"not installed: {quantizers.DECLARED[self.sweep.quantizer].package}"
+            missing = quantizers.DECLARED[self.sweep.quantizer].package
+        if missing:
+            message = f"not installed: {missing}"
             return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}
         if self.sweep.layer not in self.variant.layers or "quantize.refuses" in self.laws:
             return {name: self._refusal(name) for name in self.laws}

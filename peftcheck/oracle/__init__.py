@@ -7,6 +7,7 @@ from peftcheck.oracle import (
     banks,
     biases,
     blocks,
+    clustered,
     gated,
     householder,
     lowrank,
@@ -20,6 +21,7 @@ from peftcheck.oracle import (
     replaced,
     residual,
     rotation,
+    routed,
     scaling,
     shards,
     sparse,
@@ -51,6 +53,8 @@ _MODULES = (
     reconstructed,
     shards,
     subspace,
+    clustered,
+    routed,
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}
 

@@ -58,7 +58,7 @@ class Peft:
                 model.add_adapter(adapter.name, given, autocast_adapter_dtype=autocast)
                 method.after(model, given, adapter.name, case)
 
-            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer)
+            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run)
             for adapter in others:
                 attached.add(adapter)
             if others:

@@ -15,6 +15,7 @@ from peftcheck.case import AdapterSpec
 from peftcheck.quantizers import Quantizer
 
 Add = Callable[[PeftModel, AdapterSpec], None]
+Run = Callable[[PeftModel, Sequence[Tensor]], Sequence[Tensor]]
 
 
 class PeftAttached:
@@ -28,6 +29,7 @@ class PeftAttached:
         add: Add,
         autocast: bool,
         quantizer: Quantizer | None = None,
+        run: Run = lambda model, inputs: model(*inputs),
     ) -> None:
         self.model = model
         self.names = tuple(names)
@@ -35,6 +37,7 @@ class PeftAttached:
         self._add = add
         self.autocast = autocast
         self.quantizer = quantizer
+        self.run = run
 
     # accessors
 
@@ -98,7 +101,7 @@ class PeftAttached:
 
     def forward(self, inputs: Sequence[Tensor], adapters: Sequence[str] | None = None) -> Sequence[Tensor]:
         if adapters is None:
-            return self.model(*inputs)
+            return self.run(self.model, inputs)
         return self.model(*inputs, adapter_names=list(adapters))
 
     def add(self, adapter: AdapterSpec) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from peft import PeftModel
+from torch import Tensor, nn
 
 from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
@@ -23,6 +24,10 @@ def _nothing(model: nn.Module, config: Any, adapter: str, case: Case) -> None:
     pass
 
 
+def _run(model: PeftModel, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    return model(*inputs)
+
+
 @dataclass(frozen=True)
 class Method:
     """A variant and its PEFT configuration.
@@ -30,7 +35,8 @@ class Method:
     `config(adapter, targets)` returns PEFT's configuration for the named target modules; `roles` renames PEFT's
     parameter attributes ('lora_A.weight') to the roles of the closed form ('A'). `before` is what the documentation
     asks to be run on the user's model before an adapter is attached (statistics of data), `after` what it asks to be
-    run on PEFT's model afterwards.
+    run on PEFT's model afterwards. `run(model, inputs)` runs a model that has to be told more than its inputs;
+    `layer` defines, in a script, how its layers are called then.
     """
 
     variant: Variant
@@ -38,6 +44,8 @@ class Method:
     roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     before: Step = _nothing
     after: Step = _nothing
+    run: Callable[[PeftModel, Sequence[Tensor]], Sequence[Tensor]] = _run
+    layer: tuple[str, ...] | None = None
 
 
 def no_delta(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:

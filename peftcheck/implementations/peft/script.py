@@ -44,7 +44,7 @@ def spelling(case: Case, method: Method) -> Spelling:
     return Spelling(
         imports=(f"from peft import {', '.join((*names, 'get_peft_model'))}",),
         attach=tuple(attach),
-        definitions={**_DEFINITIONS},
+        definitions={**_DEFINITIONS, **({"layer": method.layer} if method.layer else {})},
         layer=lambda name: f"layer({text(name)})",
         base=lambda name, tensor: f"base({text(name)}).{tensor}",
         delta=lambda name, adapter: f"layer({text(name)}).get_delta_weight({text(adapter)})",

@@ -43,6 +43,9 @@ _FAMILIES = (
     "psoft",
     "delora",
     "deft",
+    "adamss",
+    "lily",
+    "poly",
 )
 
 

@@ -133,7 +133,7 @@ class Scene:
             return
         fresh = set_up(self.implementation, self.case)
         stage.attached, stage.start, stage.start_adapters = fresh.attached, fresh.start, fresh.start_adapters
-        stage.dense = fresh.dense
+        stage.dense, stage.fresh = fresh.dense, fresh.fresh
 
     def _one(self, law: Law) -> Outcome:
         stage = self.stage
@@ -172,7 +172,7 @@ def applies(law: Law, stage: Stage) -> bool:
 
     Laws of codes say nothing about plain tensors, and the other way round.
     """
-    if (law.group == "quantize") != (stage.case.sweep.quantizer is not None):
+    if (law.group == "quantize") != (stage.case.sweep.quantizer is not None) or not law.sweeps(stage.case.sweep):
         return False
     if not all(stage.claims(op) is Claim.YES for op in law.needs):
         return False

@@ -42,7 +42,7 @@ def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = Fa
     rng = random.Random(f"{sweep}|{seed}|{index}|{exact}")
     layers = _layers(rng, variant, sweep.layer)
     targets = _targets(rng, layers)
-    adapters = _adapters(rng, variant, layers, targets, exact)
+    adapters = _dropping(variant, sweep, f"{seed}|{index}|{exact}", _adapters(rng, variant, layers, targets, exact))
     half = sweep.dtype in ("bfloat16", "float16")
     profile = "dyadic" if exact else _profile(rng, variant, layers, adapters)
     return Case(
@@ -66,6 +66,17 @@ def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = Fa
             rng.randrange(4096),
         ),
     )
+
+
+def _dropping(variant: Variant, sweep: Sweep, key: str, adapters: tuple[AdapterSpec, ...]) -> tuple[AdapterSpec, ...]:
+    """Give all adapters of a case one dropout, where the method has any: drawn apart, so that nothing else moves."""
+    if "dropout" not in variant.options or sweep.layer in variant.undropped:
+        return adapters
+    rng = random.Random(f"{sweep}|{key}|dropout")
+    drawn = {name: rng.choice(choices) for name, choices in sorted(variant.options.items()) if name.startswith("dropout")}
+    if not drawn["dropout"]:
+        return adapters
+    return tuple(replace(a, options=tuple(sorted({**dict(a.options), **drawn}.items()))) for a in adapters)
 
 
 _QUANTIZED_PROFILES = ("onehot", "large", "small", "graded", "extreme", "duplicated")
@@ -202,7 +213,8 @@ def _adapters(rng, variant: Variant, layers, targets, exact: bool) -> tuple[Adap
             own = _targets(rng, layers)
         rank = rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 5, 8, 17])
         alpha = rank * rng.choice([1.0, 2.0, 0.5]) if exact else rng.choice([1.0, 0.5, 8.0, 16.0, 3.0, float(rank)])
-        options = {key: rng.choice(choices) for key, choices in sorted(variant.options.items())}
+        plain = ((key, choices) for key, choices in sorted(variant.options.items()) if key.partition(".")[0] != "dropout")
+        options = {key: rng.choice(choices) for key, choices in plain}
         adapter = AdapterSpec(name, own, rank, alpha, tuple(sorted(options.items())))
         made.append(variant.fit(adapter, layers, exact))
     return variant.fit_all(tuple(made), layers)

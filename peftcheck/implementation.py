@@ -23,6 +23,7 @@ from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.errors import UsageError
 
 GROUP = "peftcheck.implementations"
+BASE = "__base__"  # in a mixed batch: a row that no adapter touches
 
 
 class Op(Enum):
@@ -102,6 +103,10 @@ class Variant:
     limit (no groups, an even number of outputs). `claim` says per operation, layer and adapter what the library claims.
     `documented` names bounds in `budgets.DOCUMENTED` for inexactness that the library announces. `avoids` are
     value profiles without meaning for the method. `rewrites_base`: attaching changes the base by design.
+    `options["dropout"]` holds probabilities, drawn apart from all else; `undropped` are layer kinds on which the library
+    declares that it drops nothing. `starts` says why a fresh adapter changes the output, where the library documents
+    that it does: always, or for the adapters that `starts_when` tells. `samples`: in training it draws at random besides.
+    `dropped` are the roles whose part of the change dropout acts on, where that is not all of it.
     `quantizers`: on linear layers quantized by each of these the method merges (YES), or must refuse to (REFUSES).
     `package`: what the method imports besides the library's own requirements; where it is missing the cells are absent.
     """
@@ -126,6 +131,11 @@ class Variant:
     quantizers: Mapping[str, Claim] = field(default_factory=lambda: MappingProxyType({}))
     combinations: Mapping[str, Promise] = field(default_factory=lambda: MappingProxyType({}))
     package: str | None = None
+    undropped: frozenset[str] = frozenset()
+    starts: str = ""
+    starts_when: Callable[[AdapterSpec], bool] | None = None
+    samples: bool = False
+    dropped: frozenset[str] = frozenset()
     source: str = ""
 
 
@@ -155,7 +165,7 @@ class Attached(Protocol):
         """Return the keys of `adapter_tensors` that are trained."""
 
     def forward(self, inputs: Sequence[Tensor], adapters: Sequence[str] | None = None) -> Sequence[Tensor]:
-        """Run the model; with `adapters`, a mixed batch: one adapter name per row."""
+        """Run the model; with `adapters`, a mixed batch: one adapter name (or BASE) per row."""
 
     def add(self, adapter: AdapterSpec) -> None: ...
     def activate(self, adapters: Sequence[str]) -> None: ...

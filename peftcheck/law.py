@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 
+from peftcheck.case import Sweep
 from peftcheck.implementation import Op, Promise, Variant
 from peftcheck.measurement import Measurement
 from peftcheck.stage import Stage
@@ -19,6 +20,10 @@ def _everyone(variant: Variant) -> bool:
     return True
 
 
+def _everywhere(sweep: Sweep) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Law:
     """A property that must hold.
@@ -27,7 +32,8 @@ class Law:
     no bias to poison). `formula` states the law in one line; `needs` are the operations without which the
     library has nothing to check; `source` is the real defect or the paper behind it. `structural` laws need no
     effect to mean something. `concerns` tells for which variants the law says anything at all.
-    `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
+    `sweeps` tells on which sweeps (layers, dtypes) it has cells at all. `refuses` names the operation whose refusal a law
+    of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
     """
 
     name: str
@@ -38,6 +44,8 @@ class Law:
     structural: bool = False
     concerns: Callable[[Variant], bool] = _everyone
     kinds: bool | Callable[[str, Promise], bool] = False
+    sweeps: Callable[[Sweep], bool] = _everywhere
+    refuses: Op = Op.MERGE
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""
@@ -60,13 +68,15 @@ def law(
     structural: bool = False,
     concerns: Callable[[Variant], bool] = _everyone,
     kinds: bool | Callable[[str, Promise], bool] = False,
+    sweeps: Callable[[Sweep], bool] = _everywhere,
+    refuses: Op = Op.MERGE,
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses)
         return measure
 
     return register

@@ -105,7 +105,7 @@ class Session:
         found = suite.cells(self.implementation, tuple(self.laws.values()), filters)
         if not filters.law:
             left = suite.PROFILES[settings.profile].leaves
-            found = [cell for cell in found if cell.law.partition(".")[0] not in left]
+            found = [cell for cell in found if not {cell.law, cell.law.partition(".")[0]} & left]
         self.cells = _shard(found, settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")

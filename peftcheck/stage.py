@@ -49,6 +49,8 @@ class Stage:
     start: dict[str, Tensor] = field(default_factory=dict)
     dense: dict[str, Tensor] = field(default_factory=dict)  # the same as dense values, where the base is quantized
     start_adapters: dict[str, dict[tuple[str, str], Tensor]] = field(default_factory=dict)
+    fresh: dict[str, dict[tuple[str, str], Tensor]] = field(default_factory=dict)  # as the library made them
+    plain: dict[str, bool] = field(default_factory=dict)  # whether a path holds without any special mode
     _sites: dict[tuple[int, str], Site] = field(default_factory=dict)
     _stored: dict[str, Bounded] = field(default_factory=dict)
     _merged: dict[tuple, dict[str, Base]] = field(default_factory=dict)
@@ -312,6 +314,7 @@ def set_up(implementation: Implementation, case: Case) -> Stage:
         pristine,
         plain,
     )
+    stage.fresh = _adapter_clones(stage)
     fill(stage)
     return stage
 
@@ -334,15 +337,17 @@ def fill(stage: Stage) -> None:
         cancel(stage)
 
 
+def _adapter_clones(stage: Stage) -> dict[str, dict[tuple[str, str], Tensor]]:
+    held = {adapter.name: stage.attached.adapter_tensors(adapter.name) for adapter in stage.case.adapters}
+    return {name: {key: t.detach().clone() for key, t in tensors.items()} for name, tensors in held.items()}
+
+
 def note_start(stage: Stage) -> None:
     """Clone every base and adapter tensor as it stands: the start that laws compare with."""
     stage.start = {name: tensor.detach().clone() for name, tensor in stage.attached.base_tensors().items()}
     if stage.case.sweep.quantizer is not None:
         stage.dense = {name: tensor.detach().clone() for name, tensor in stage.attached.base_values().items()}
-    stage.start_adapters = {
-        adapter.name: {key: t.detach().clone() for key, t in stage.attached.adapter_tensors(adapter.name).items()}
-        for adapter in stage.case.adapters
-    }
+    stage.start_adapters = _adapter_clones(stage)
     stage._sites.clear()
     stage._stored.clear()
     stage._merged.clear()

@@ -26,7 +26,7 @@ _PROBES = 40  # cases drawn, not built, to learn what the library claims on a sw
 class Profile:
     """How far a run searches: cases per cell in the exact regime and outside, and tries to find them.
 
-    `leaves`: the groups of laws that it runs only where a filter asks for them.
+    `leaves`: the groups of laws, and single ones, that it runs only where a filter asks for them.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Profile:
 
 
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 48, frozenset({"combine", "quantize"})),
+    "quick": Profile("quick", 1, 1, 48, frozenset({"combine", "quantize", "forward.compiled"})),
     "full": Profile("full", 6, 14, 120),
     "nightly": Profile("nightly", 20, 60, 480),
 }
@@ -153,6 +153,8 @@ def _quantized(implementation: Implementation, variant: Variant) -> Iterable[Swe
 
 
 def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
+    if not law.sweeps(sweep):
+        return ()
     if law.name == "refuse.attach" or (law.group == "quantize") != (sweep.quantizer is not None):
         return ()
     if sweep.quantizer is not None and (law.name == "quantize.refuses") != (variant.quantizers[sweep.quantizer] is not Claim.YES):
@@ -300,8 +302,8 @@ def _weakest(variant: Variant, case: Case, law: Law) -> Claim:
 
 
 def _claims_of(variant: Variant, case: Case, law: Law) -> bool:
-    """Return whether the case has anything for a refuse law: one layer, on which the merge is refused."""
-    claims = {variant.claim(Op.MERGE, case.layers[t], a) for a in case.adapters for t in a.targets}
+    """Return whether the case has anything for a refuse law: one layer, on which the operation is refused."""
+    claims = {variant.claim(law.refuses, case.layers[t], a) for a in case.adapters for t in a.targets}
     return len({t for a in case.adapters for t in a.targets}) == 1 and Claim.REFUSES in claims
 
 

@@ -15,7 +15,7 @@ from peftcheck.faults.tensors import targeted
 Change = Callable[[Port, str, nn.Module, Tensor, Tensor], Tensor]
 
 
-def _changing(change: Change) -> Attach:
+def changing(change: Change) -> Attach:
     """Return an attach after which `change(port, site, layer, x, y)` replaces the output of unmerged layers."""
 
     def start(port: Port) -> None:
@@ -24,8 +24,8 @@ def _changing(change: Change) -> Attach:
             port.notes[site] = layer.register_forward_hook(partial(_hook, port, change, site))
 
     def leave(port: Port) -> None:
-        for handle in port.notes.values():
-            handle.remove()
+        for site in targeted(port):
+            port.notes[site].remove()
         port.notes.clear()
 
     def unload(port: Port) -> nn.Module:
@@ -92,7 +92,7 @@ FAULTS = (
         "a feed-forward layer gates its outputs where it must gate its inputs",
         "huggingface/peft#972: on which side of a feed-forward layer the gate belongs",
         ("forward.oracle", "merge.forward"),
-        _changing(_gate_outputs),
+        changing(_gate_outputs),
         variants=("ia3.feedforward",),
         layers=("linear", "conv2d"),
         suits=_one,
@@ -102,7 +102,7 @@ FAULTS = (
         "dropout stays active in eval mode",
         "huggingface/transformers#34469: a model left in training mode",
         ("forward.oracle", "merge.forward"),
-        _changing(_drop),
+        changing(_drop),
         suits=_one,
     ),
     Fault(
@@ -110,7 +110,7 @@ FAULTS = (
         "the adapter's part of a scaled embedding lacks the factor",
         "huggingface/peft#2825: Gemma3's scaled word embedding",
         ("forward.oracle", "merge.forward"),
-        _changing(_forget_factor),
+        changing(_forget_factor),
         variants=("lora",),
         layers=EMBEDDINGS[1:],
         suits=_one,
@@ -120,7 +120,7 @@ FAULTS = (
         "the adapter's convolution is one position off",
         "huggingface/peft#637: LoRA on convolutions",
         ("forward.oracle", "merge.forward"),
-        _changing(_shift),
+        changing(_shift),
         variants=("lora",),
         layers=("conv1d", "conv2d"),
         suits=_long,

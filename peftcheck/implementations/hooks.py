@@ -32,7 +32,7 @@ class Low:
     tensors: dict[str, Tensor]
     scale: float
 
-    def before(self, g: shapes.Geometry, x: Tensor) -> Tensor:
+    def before(self, layer: nn.Module, g: shapes.Geometry, x: Tensor) -> Tensor:
         """Leave the input alone."""
         return x
 
@@ -53,14 +53,20 @@ class Gate:
 
     tensors: dict[str, Tensor]
     feedforward: bool
+    dropout: float = 0.0
 
-    def before(self, g: shapes.Geometry, x: Tensor) -> Tensor:
+    def gate(self, training: bool) -> Tensor:
+        """Return l; in training, dropout lets some channels pass as they are."""
+        gate = self.tensors["scale"]
+        return 1 + nn.functional.dropout(gate - 1, self.dropout) if self.dropout and training else gate
+
+    def before(self, layer: nn.Module, g: shapes.Geometry, x: Tensor) -> Tensor:
         """Return l * x in feed-forward layers."""
-        return x * shapes.per_input(g, self.tensors["scale"]) if self.feedforward else x
+        return x * shapes.per_input(g, self.gate(layer.training)) if self.feedforward else x
 
     def after(self, layer: nn.Module, g: shapes.Geometry, x: Tensor, y: Tensor) -> Tensor:
         """Return l * y in all others."""
-        return y if self.feedforward else y * shapes.per_output(g, self.tensors["scale"])
+        return y if self.feedforward else y * shapes.per_output(g, self.gate(layer.training))
 
 
 def _low(site: str, layer: nn.Module, adapter: AdapterSpec, dtype: torch.dtype) -> Low:
@@ -79,6 +85,7 @@ def _gate(site: str, layer: nn.Module, adapter: AdapterSpec, dtype: torch.dtype)
     return Gate(
         {"scale": torch.ones(g.n_in if feedforward else g.n_out, dtype=dtype, requires_grad=True)},
         feedforward,
+        float(adapter.option("dropout", 0.0)),
     )
 
 
@@ -147,7 +154,7 @@ class Hooked:
         g, live = shapes.geometry(site, layer), self._live(site)
         x = args[0]
         for method in live:
-            x = method.before(g, x)
+            x = method.before(layer, g, x)
         return None if x is args[0] else (x.to(layer.weight.dtype),)
 
     def _after(self, site: str, layer: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
@@ -236,7 +243,12 @@ def _whole_groups(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bo
 
 def _gates(name: str, kinds: frozenset[str], feedforward: bool) -> Variant:
     return Variant(
-        name, "ia3", kinds, options={"feedforward": (feedforward,)}, claim=_claims, source="Liu et al., 2022"
+        name,
+        "ia3",
+        kinds,
+        options={"feedforward": (feedforward,), "dropout": (0.0, 0.1, 0.5, 0.9)},
+        claim=_claims,
+        source="Liu et al., 2022",
     )
 
 

@@ -7,7 +7,9 @@ from peftcheck.laws import (
     combine_state,
     combine_truncation,
     forward,
+    forward_paths,
     merge,
+    merge_paths,
     merge_state,
     quantize,
     quantize_refuse,
@@ -15,6 +17,8 @@ from peftcheck.laws import (
     quantize_state,
     refuse,
     safe_merge,
+    train,
+    train_modes,
 )
 
 __all__ = [
@@ -22,7 +26,9 @@ __all__ = [
     "combine_state",
     "combine_truncation",
     "forward",
+    "forward_paths",
     "merge",
+    "merge_paths",
     "merge_state",
     "quantize",
     "quantize_refuse",
@@ -30,4 +36,6 @@ __all__ = [
     "quantize_state",
     "refuse",
     "safe_merge",
+    "train",
+    "train_modes",
 ]

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import torch
+
 from peftcheck import models, refusal
 from peftcheck.architecture import architecture, difference
 from peftcheck.case import Case
 from peftcheck.implementation import Claim, Implementation, Op
 from peftcheck.law import law
+from peftcheck.laws.plain import forward_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.stage import Stage
 
@@ -111,3 +116,24 @@ def unload(stage: Stage) -> Measurement | None:
         return shape
     state = dict(model.named_parameters(remove_duplicate=False))
     return worst([identical(key, state[key], tensor) for key, tensor in stage.pristine.items()])
+
+
+@law(
+    "refuse.mixed_batch",
+    "adapter names per row are refused clearly where the method cannot tell rows apart; nothing changes",
+    (Op.FORWARD,),
+    "a model that takes the names and then runs every row through the active adapters",
+    structural=True,
+    refuses=Op.MIXED_BATCH,
+)
+def mixed_batch(stage: Stage) -> Measurement | None:
+    """Give a name per row where the library declares no mixed batches."""
+    if stage.claims(Op.MIXED_BATCH) is not Claim.REFUSES:
+        return None
+    if not forward_holds(stage):
+        return NOTHING
+    rows = (stage.names[0], stage.names[-1])
+    given = models.inputs(replace(stage.case, batch=(len(rows), *stage.case.batch[1:])))
+    call = [given[spec.name] for spec in stage.case.layers]
+    with torch.no_grad():
+        return _judge(stage, "mixed batch", lambda: stage.attached.forward(call, rows))

@@ -26,7 +26,8 @@ CASES = 3  # on each of the four dtypes, every other one in the exact regime
 
 @pytest.mark.parametrize(("variant", "layer"), CELLS, ids=lambda value: value)
 def test_keeps_every_law(variant: str, layer: str) -> None:
-    offered, chosen, passed = REFERENCE.variants()[variant], laws(), set()
+    offered, passed = REFERENCE.variants()[variant], set()
+    chosen = [law for law in laws() if law.name != "forward.compiled"]  # a second a case: in suites/reference/soak.py
     for dtype in DTYPES:
         for index in range(CASES):
             case = generator.draw(

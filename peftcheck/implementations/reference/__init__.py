@@ -49,8 +49,8 @@ def _gate_claims(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
 
 
 def _dora_claims(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
-    """What a DoRA changes depends on the weight: it has no delta, and DoRAs do not add up."""
-    return Claim.REFUSES if op in (Op.DELTA, Op.COMBINE) else Claim.YES
+    """What a DoRA changes depends on the weight: it has no delta, DoRAs do not add up, nor share a batch."""
+    return Claim.REFUSES if op in (Op.DELTA, Op.COMBINE, Op.MIXED_BATCH) else Claim.YES
 
 
 def _offset_claims(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
@@ -77,6 +77,7 @@ def _square_rank(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: boo
     return replace(fitted, alpha=fitted.rank**0.5) if exact else fitted
 
 
+_DROPOUT = (0.0, 0.1, 0.5, 0.9)
 _COMBINATIONS = {"cat": Promise.EXACT, "linear": Promise.EXACT, "svd": Promise.BEST_RANK}
 
 
@@ -85,7 +86,7 @@ def _lora(name: str, layers: frozenset[str], fit=_whole_groups, **options) -> Va
         name,
         "lora",
         layers,
-        options={key: (value,) for key, value in options.items()},
+        options={**{key: (value,) for key, value in options.items()}, "dropout": _DROPOUT},
         fit=fit,
         claim=_lora_claims,
         combinations=_COMBINATIONS,
@@ -98,7 +99,7 @@ def _ia3(name: str, layers: frozenset[str], feedforward: bool) -> Variant:
         name,
         "ia3",
         layers,
-        options={"feedforward": (feedforward,)},
+        options={"feedforward": (feedforward,), "dropout": _DROPOUT},
         claim=_gate_claims,
         source="Liu et al., 2022, section 3.3",
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcheck.case import AdapterSpec
+from peftcheck.implementation import BASE
 from peftcheck.implementations.reference import checkpoint
 from peftcheck.implementations.reference.combine import combined
 from peftcheck.implementations.reference.lora import LowRank
@@ -153,6 +154,7 @@ class ReferenceAttached:
     # merging
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # weights are stored: they are no activations
     def merge(self, adapters: Sequence[str] | None = None, safe: bool = False) -> None:
         """Merge the given (else the active) adapters, in order, where they are and are not merged yet.
 
@@ -171,6 +173,7 @@ class ReferenceAttached:
             wrapper.merged.extend(wanted)
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # weights are stored: they are no activations
     def unmerge(self) -> None:
         """Undo every merge, in reverse order; nothing is written unless all of it can be undone."""
         plan = [(wrapper, wrapper.unmerging()) for _, wrapper in self._wrappers() if wrapper.merged]
@@ -179,6 +182,7 @@ class ReferenceAttached:
             wrapper.merged.clear()
 
     @torch.no_grad()
+    @torch.autocast("cpu", enabled=False)  # weights are stored: they are no activations
     def delta(self, site: str, adapter: str) -> Tensor:
         wrapper = self.layer(site)
         if not isinstance(wrapper, Wrapper) or adapter not in wrapper:
@@ -193,8 +197,11 @@ class ReferenceAttached:
     def forward(self, inputs: Sequence[Tensor], adapters: Sequence[str] | None = None) -> Sequence[Tensor]:
         if adapters is None:
             return self.model(*inputs)
-        self._known(set(adapters))
+        self._known(set(adapters) - {BASE})
         self._refuse_merged("run a mixed batch")
+        for site, wrapper in self._wrappers():
+            if any(not getattr(wrapper[name], "mixes", True) for name in wrapper.names()):
+                raise ValueError(f"'{site}' has an adapter that cannot share a batch with others")
         rows = {
             name: [row for row, own in enumerate(adapters) if own == name] for name in dict.fromkeys(adapters)
         }
@@ -205,7 +212,7 @@ class ReferenceAttached:
         parts = []
         try:
             for name, own in rows.items():
-                self.activate([name])
+                self.activate([] if name == BASE else [name])
                 parts.append(self.model(*(x[own] for x in inputs)))
         finally:
             for name, wrapper in self._wrappers():
@@ -222,7 +229,7 @@ class ReferenceAttached:
             yield
         finally:
             self._enable(True)
-            with torch.no_grad():
+            with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 for name, wrapper in self._wrappers():
                     wrapper.write(wrapper.merging(merged[name], safe=False))
                     wrapper.merged.extend(merged[name])

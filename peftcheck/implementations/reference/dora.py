@@ -22,6 +22,7 @@ class Decomposed(nn.Module):
     m / norm as it was when the adapter was merged: unmerging has no unmerged weight to compute it from.
     """
 
+    mixes: ClassVar[bool] = False  # in a batch of several adapters: its norm is that of one weight
     roles: ClassVar[dict[str, str]] = {"low.A": "A", "low.B": "B", "magnitude": "magnitude"}
 
     def __init__(self, site: str, layer: nn.Module, adapter: AdapterSpec, dtype: torch.dtype) -> None:

@@ -15,7 +15,10 @@ Tensors = dict[str, Tensor]
 
 
 class Gate(nn.Module):
-    """Hold l: (n_out), or (n_in) with the option `feedforward`."""
+    """Hold l: (n_out), or (n_in) with the option `feedforward`.
+
+    In training, the option `dropout` drops elements of l - 1: a dropped gate lets its channel pass as it is.
+    """
 
     roles: ClassVar[dict[str, str]] = {"vector": "scale"}
 
@@ -24,6 +27,7 @@ class Gate(nn.Module):
         g = geometry(site, layer)
         self.site, self.name, self.rank, self.alpha = site, adapter.name, adapter.rank, adapter.alpha
         self.options = adapter.options
+        self.dropout = float(adapter.option("dropout", 0.0))
         self.feedforward = bool(adapter.option("feedforward"))
         if self.feedforward and g.kind == "embedding":
             raise TypeError(
@@ -44,10 +48,12 @@ class Gate(nn.Module):
 
     def around(self, layer: nn.Module, plain: Callable, x: Tensor, bare: Callable[[], Tensors]) -> Tensor:
         """Return l * plain(x) or plain(l * x), where `plain` is the layer with the adapters before this one."""
-        g = geometry(self.site, layer)
+        g, vector = geometry(self.site, layer), self.vector
+        if self.dropout and self.training:
+            vector = 1 + nn.functional.dropout(vector - 1, self.dropout)
         if self.feedforward:
-            return plain(x * per_input(g, self.vector))
-        return plain(x) * per_output(g, self.vector)
+            return plain(x * per_input(g, vector))
+        return plain(x) * per_output(g, vector)
 
     def delta(self, layer: nn.Module) -> Tensors:
         """Refuse: the change depends on the weight, it is no delta of the adapter's own."""

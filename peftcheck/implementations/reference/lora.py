@@ -19,7 +19,8 @@ class LowRank(nn.Module):
     """Hold A (rank, n_in, *kernel), B (n_out, rank / groups, 1, ...) and, if wanted, a bias (n_out) of B.
 
     `scale` is alpha / rank, or alpha / sqrt(rank) with the option `rslora` (Kalajdzievski, 2023). With `bias` the
-    path is s (B A x + bias), which only a layer with a bias can take in. `rescale` multiplies the scale.
+    path is s (B A x + bias), which only a layer with a bias can take in. `rescale` multiplies the scale. In training,
+    the option `dropout` drops elements of the input (of A's rows, where the input is an index).
     """
 
     roles: ClassVar[dict[str, str]] = {"A": "A", "B": "B", "bias": "B.bias"}
@@ -35,6 +36,7 @@ class LowRank(nn.Module):
             raise TypeError(f"LoRA '{adapter.name}' on '{site}': an embedding has no bias to adapt")
         self.site, self.name, self.rank, self.alpha = site, adapter.name, adapter.rank, adapter.alpha
         self.options = adapter.options
+        self.dropout = float(adapter.option("dropout", 0.0))
         self.scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.option("rslora") else adapter.rank)
         self.factor = 1.0
         self.A = nn.Parameter(torch.randn(adapter.rank, g.n_in, *g.kernel, dtype=dtype) / math.sqrt(g.n_in))
@@ -64,10 +66,10 @@ class LowRank(nn.Module):
         """Return s (B A x + bias) in the adapter's dtype."""
         g = geometry(self.site, layer)
         if g.kind == "embedding":
-            y = self.A.t()[x] @ self.B.t() * (self.factor * self.scale)
+            y = self._dropped(self.A.t()[x]) @ self.B.t() * (self.factor * self.scale)
             # the layer holds its factor in the weight's dtype: another rounding of it would be another factor
             return y if g.factor is None else y * g.factor.to(layer.weight.dtype)
-        x = x.to(self.A.dtype)
+        x = self._dropped(x.to(self.A.dtype))
         if g.kind == "convolution":
             y = mix_channels(layer, convolve(layer, x, self.A), self.B)
         else:
@@ -75,6 +77,9 @@ class LowRank(nn.Module):
         if self.bias is not None:
             y = y + per_output(g, self.bias)
         return y * (self.factor * self.scale)
+
+    def _dropped(self, x: Tensor) -> Tensor:
+        return nn.functional.dropout(x, self.dropout, self.training) if self.dropout else x
 
     def product(self, layer: nn.Module) -> Tensor:
         """Return s B A, (n_out, n_in, *kernel), in the adapter's dtype; raises ValueError on a grouped convolution."""

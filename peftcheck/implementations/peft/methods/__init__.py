@@ -6,6 +6,7 @@ from importlib import import_module
 from types import ModuleType
 
 from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.training import trained
 
 _FAMILIES = (
     "lora",
@@ -66,5 +67,5 @@ METHODS: dict[str, Method] = {
     method.variant.name: method
     for family in map(_family, _FAMILIES)
     if family is not None
-    for method in family.METHODS
+    for method in map(trained, family.METHODS)
 }

@@ -30,6 +30,10 @@ LAYERS = (
     "layernorm",
     "parameter",
 )
+# Whole models. What is adapted in them is of the kinds above: here it is structure, sharing and dispatch that counts.
+MODELS = ("model.llama", "model.bert", "model.gpt2", "model.vit", "model.resnet")
+SUBJECTS = (*LAYERS, *MODELS)
+"""What the layer of a sweep may be."""
 
 
 @dataclass(frozen=True)
@@ -189,9 +193,14 @@ class Case:
         """Return an entry of `extra`, or `default`."""
         return dict(self.extra).get(name, default)
 
+    @property
+    def whole(self) -> bool:
+        """Whether the layers are those of a whole model, which runs them one after the other."""
+        return self.sweep.layer in MODELS
+
     def words(self) -> str:
         """Say in words what the case is, in one line."""
-        layers = "; ".join(spec.words() for spec in self.layers)
+        layers = self.sweep.layer if self.whole else "; ".join(spec.words() for spec in self.layers)
         adapters = "; ".join(
             f"'{a.name}' on {', '.join(self.layers[t].name for t in a.targets)} (rank {a.rank}, alpha {a.alpha:g}"
             + "".join(f", {key} {value}" for key, value in a.options)

@@ -174,8 +174,12 @@ def applies(law: Law, stage: Stage) -> bool:
     """
     if (law.group == "quantize") != (stage.case.sweep.quantizer is not None) or not law.sweeps(stage.case.sweep):
         return False
+    if law.on == ("layers" if stage.case.whole else "models"):
+        return False
     if not all(stage.claims(op) is Claim.YES for op in law.needs):
         return False
+    if stage.case.whole and not stage.dispatched():
+        return law.name == "attach.targets"
     return not {Op.MERGE, Op.EXPORT} & set(law.needs) or stage.finite
 
 

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from peftcheck import quantizers, values
-from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, Case, LayerSpec, Poison, Sweep
+from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, MODELS, AdapterSpec, Case, LayerSpec, Poison, Sweep
+from peftcheck.generator_model import model_case
 from peftcheck.implementation import Claim, Variant
 from peftcheck.oracle import FORMULAS
 
@@ -39,6 +40,8 @@ def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = Fa
     exact = exact and FORMULAS[variant.formula].dyadic
     if sweep.quantizer is not None:
         return _quantized(variant, sweep, seed, index)
+    if sweep.layer in MODELS:
+        return model_case(variant, sweep, seed, index)
     rng = random.Random(f"{sweep}|{seed}|{index}|{exact}")
     layers = _layers(rng, variant, sweep.layer)
     targets = _targets(rng, layers)

@@ -159,7 +159,11 @@ class Attached(Protocol):
         """Return the same as dense values, through the quantizer's own dequantization."""
 
     def adapter_tensors(self, adapter: str) -> dict[tuple[str, str], Tensor]:
-        """Return the adapter's tensors in force now by (site, role); frozen projections included."""
+        """Return the adapter's tensors in force now by (site, role); frozen projections included.
+
+        A layer that is no site, of which the adapter holds a trained copy instead, has the role 'saved.weight' for
+        the copy's weight, and so on.
+        """
 
     def trainable(self, adapter: str) -> frozenset[tuple[str, str]]:
         """Return the keys of `adapter_tensors` that are trained."""

@@ -34,6 +34,7 @@ class Law:
     effect to mean something. `concerns` tells for which variants the law says anything at all.
     `sweeps` tells on which sweeps (layers, dtypes) it has cells at all. `refuses` names the operation whose refusal a law
     of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
+    `on`: whether it is asked of layers alone, of whole models, or of both.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Law:
     kinds: bool | Callable[[str, Promise], bool] = False
     sweeps: Callable[[Sweep], bool] = _everywhere
     refuses: Op = Op.MERGE
+    on: str = "layers"  # "layers", "models" or "both"
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""
@@ -70,13 +72,14 @@ def law(
     kinds: bool | Callable[[str, Promise], bool] = False,
     sweeps: Callable[[Sweep], bool] = _everywhere,
     refuses: Op = Op.MERGE,
+    on: str = "layers",
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on)
         return measure
 
     return register

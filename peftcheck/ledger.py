@@ -8,7 +8,7 @@ from typing import Any
 
 from peftcheck import engine, quantizers
 from peftcheck import where as region
-from peftcheck.case import LAYERS, Case, Sweep
+from peftcheck.case import SUBJECTS, Case, Sweep
 from peftcheck.errors import UsageError
 from peftcheck.implementation import Implementation
 from peftcheck.issue import EMPTY, Issue, Ledger, Witness, active, fits
@@ -193,7 +193,7 @@ def _refuse_stale(ledger: Ledger, issue: Issue, implementation: Implementation) 
     ]
     # what a variant does not accept it must refuse: only there may an issue speak of other layers
     refusing = all(pattern.startswith("refuse.") for pattern in issue.law)
-    layers = set(LAYERS) if refusing else {layer for variant in concerned for layer in variant.layers}
+    layers = set(SUBJECTS) if refusing else {layer for variant in concerned for layer in variant.layers}
     for wanted in issue.where.alternatives("layer"):
         if not any(region.matches(layer, wanted) for layer in layers):
             raise stale("where.layer", wanted)

@@ -19,7 +19,7 @@ from peftcheck import law as registry
 from peftcheck import processor
 from peftcheck import where as region
 from peftcheck.budgets import DOCUMENTED
-from peftcheck.case import LAYERS, Case, decode, encode
+from peftcheck.case import SUBJECTS, Case, decode, encode
 from peftcheck.errors import UsageError
 from peftcheck.issue import Issue, Ledger, Witness
 from peftcheck.outcome import ERROR, Outcome
@@ -139,7 +139,7 @@ class _Reader:
         except region.UnknownField as error:
             raise self.wrong("where", str(error)) from error
         for field, names in (
-            ("layer", LAYERS),
+            ("layer", SUBJECTS),
             ("dtype", DTYPES),
             ("adapter_dtype", DTYPES),
             ("profile", PROFILES),

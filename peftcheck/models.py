@@ -1,4 +1,4 @@
-"""From a case to a model: one bench of layers, each fed its own input.
+"""From a case to a model: one bench of layers, each fed its own input, or a whole model of transformers.
 
 The layers stand side by side rather than in a chain, so that nothing but the layer under test acts on what is
 compared, while names, nesting, sharing and untargeted neighbours are those of a real model.
@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peftcheck import values
+from peftcheck import transformer_models, values
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, Case, LayerSpec
 from peftcheck.errors import UsageError
 from peftcheck.rounding import DTYPES
@@ -100,8 +100,10 @@ def _transformers_conv1d(spec: LayerSpec, dtype: torch.dtype) -> nn.Module:
     return Conv1D(spec.n_out, spec.n_in).to(dtype)
 
 
-def build(case: Case) -> Bench:
-    """Build the pristine model of a case, in eval mode, every tensor filled from the case's values."""
+def build(case: Case) -> nn.Module:
+    """Build the pristine model of a case, in eval mode, every parameter filled from the case's values."""
+    if case.whole:
+        return transformer_models.build(case)
     dtype = DTYPES[case.sweep.dtype]
     made = {spec.name: layer(spec, dtype) for spec in case.layers}
     for spec in case.layers:
@@ -120,8 +122,23 @@ def _own_tensors(spec: LayerSpec, module: nn.Module) -> Iterator[tuple[str, Tens
             yield name, parameter
 
 
+def tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the parameters and buffers of a model, those that are shared under each of their names."""
+    return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+
+
+def holders(model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the modules that hold tensors of their own."""
+    return tuple(name for name, module in model.named_modules() if module._parameters or module._buffers)
+
+
+def arguments(case: Case) -> list[Tensor]:
+    """Return what the model's forward takes: a bench one input per layer, a whole model its own."""
+    return transformer_models.arguments(case) if case.whole else list(inputs(case).values())
+
+
 def inputs(case: Case) -> dict[str, Tensor]:
-    """Return the input of each layer, by the layer's name."""
+    """Return the input of each layer of a bench, by the layer's name."""
     dtype = DTYPES[case.sweep.dtype]
     return {spec.name: _input(case, spec, dtype) for spec in case.layers}
 

@@ -103,10 +103,8 @@ class Session:
         self.laws = {law.name: law for law in registry.laws()}
         filters = suite.validated(settings.filters, self.implementation, tuple(self.laws.values()))
         found = suite.cells(self.implementation, tuple(self.laws.values()), filters)
-        if not filters.law:
-            left = suite.PROFILES[settings.profile].leaves
-            found = [cell for cell in found if not {cell.law, cell.law.partition(".")[0]} & left]
-        self.cells = _shard(found, settings.shard)
+        profile = suite.PROFILES[settings.profile]
+        self.cells = _shard([cell for cell in found if profile.takes(cell, filters)], settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")
         self.court = ledger.Court(self._ledger(), self.implementation, self.laws.values())

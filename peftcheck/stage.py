@@ -7,7 +7,7 @@ library's objects between them, and what is cached here is a function of the cas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from peftcheck.rounding import DTYPES, Bounded, leaf, precision
 
 @dataclass
 class Record:
-    """One adapted layer in the adapted run: its input and its output."""
+    """One layer in a run: its input and its output."""
 
     x: Tensor
     y: Tensor
@@ -32,6 +32,8 @@ class Record:
 @dataclass
 class Stage:
     """A case on stage. `pristine`: clones of the base's tensors before attaching; `start`: after it.
+
+    `arguments` are what the model's forward takes, `inputs` what each layer is given in the pristine model.
 
     `put_back` restores the start, for laws that need it more than once; the engine sets it.
     """
@@ -43,6 +45,7 @@ class Stage:
     machine: Machine
     attached: Attached
     architecture: Architecture
+    arguments: list[Tensor]
     inputs: dict[str, Tensor]
     pristine: dict[str, Tensor]
     pristine_outputs: dict[str, Tensor]
@@ -249,6 +252,29 @@ class Stage:
             self._records = record(self)
         return self._records
 
+    def saved(self) -> dict[str, Tensor]:
+        """Return the tensors that adapters hold trained copies of, by the base's name: those of the last that does."""
+        own = {key: t for name in self.names for key, t in self.start_adapters[name].items()}
+        return {f"{site}.{role[6:]}": t for (site, role), t in own.items() if role.startswith("saved.")}
+
+    def dispatched(self) -> bool:
+        """Return whether the library adapts every layer that it was asked to adapt."""
+        return all(
+            set(self.attached.sites(adapter.name)) >= {self.case.layers[target].name for target in adapter.targets}
+            for adapter in self.case.adapters
+        )
+
+    def run(self) -> dict[str, Record]:
+        """Run the model as it stands now; return input and output of every layer of the case."""
+        if self.case.whole:
+            layers = {spec.name: self.attached.layer(spec.name) for spec in self.case.layers}
+            return recorded(layers, lambda: self.attached.forward(self.arguments))
+        with torch.no_grad():
+            outputs = self.attached.forward(self.arguments)
+        return {
+            spec.name: Record(self.inputs[spec.name], y) for spec, y in zip(self.case.layers, outputs, strict=True)
+        }
+
     def call(self, name: str, x: Tensor) -> Tensor:
         """Run the layer that stands at `name` now on a recorded input."""
         with torch.no_grad():
@@ -262,9 +288,15 @@ def _relative(change: Tensor, size: Tensor) -> float:
 
 def record(stage: Stage) -> dict[str, Record]:
     """Run the model once and return input and output of each targeted layer."""
+    layers = {name: stage.attached.layer(name) for name in stage.targeted}
+    return recorded(layers, lambda: stage.attached.forward(stage.arguments))
+
+
+def recorded(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Record]:
+    """Return input and output of each layer while `run` runs the model that they are in."""
     seen: dict[str, Record] = {}
     handles = []
-    for name in stage.targeted:
+    for name, layer in layers.items():
 
         # a library's own hooks may change the input before and the output after: look before the first, after the last
         def arrives(module: nn.Module, args: tuple, name: str = name) -> None:
@@ -273,12 +305,11 @@ def record(stage: Stage) -> dict[str, Record]:
         def leaves(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
             seen[name].y = output.detach().clone()
 
-        layer = stage.attached.layer(name)
         handles.append(layer.register_forward_pre_hook(arrives, prepend=True))
         handles.append(layer.register_forward_hook(leaves))
     try:
         with torch.no_grad():
-            stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
+            run()
     finally:
         for handle in handles:
             handle.remove()
@@ -294,10 +325,9 @@ def set_up(implementation: Implementation, case: Case) -> Stage:
     formula = FORMULAS[variant.formula]
     base_dtype, adapter_dtype = DTYPES[case.sweep.dtype], DTYPES[case.adapter_dtype]
     model = models.build(case)
-    pristine = {name: tensor.detach().clone() for name, tensor in model.named_parameters(remove_duplicate=False)}
-    inputs = models.inputs(case)
-    with torch.no_grad():
-        plain = {spec.name: model.get_submodule(spec.name)(inputs[spec.name]) for spec in case.layers}
+    pristine = {name: tensor.detach().clone() for name, tensor in models.tensors(model).items()}
+    arguments = models.arguments(case)
+    plain = recorded({spec.name: model.get_submodule(spec.name) for spec in case.layers}, lambda: model(*arguments))
     if case.sweep.quantizer is not None:
         quantizers.apply(model, case)
     before = architecture(model)
@@ -310,9 +340,10 @@ def set_up(implementation: Implementation, case: Case) -> Stage:
         machine(base_dtype, adapter_dtype, case.profile == "dyadic"),
         attached,
         before,
-        inputs,
+        arguments,
+        {name: seen.x for name, seen in plain.items()},
         pristine,
-        plain,
+        {name: seen.y for name, seen in plain.items()},
     )
     stage.fresh = _adapter_clones(stage)
     fill(stage)
@@ -366,8 +397,6 @@ def cancel(stage: Stage) -> None:
                 if change is not None:
                     tensors[f"{name}.weight"].copy_(-change.value * (1 + 4 * u))
     note_start(stage)
-    with torch.no_grad(), stage.attached.disabled():
-        outputs = stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
-    for spec, output in zip(stage.case.layers, outputs, strict=True):
-        stage.pristine_outputs[spec.name] = output.detach().clone()
+    with stage.attached.disabled():
+        stage.pristine_outputs.update({name: seen.y.detach().clone() for name, seen in stage.run().items()})
     stage.pristine.update({key: t for key, t in stage.start.items() if key in stage.pristine})

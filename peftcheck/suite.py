@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 
-from peftcheck import engine, generator, quantizers
-from peftcheck.case import LAYERS, Case, Sweep, encode
+from peftcheck import engine, generator, quantizers, transformer_models
+from peftcheck.case import MODELS, SUBJECTS, Case, Sweep, encode
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.generator_combine import combination_case
 from peftcheck.implementation import Claim, Implementation, Op, Variant
@@ -26,7 +26,8 @@ _PROBES = 40  # cases drawn, not built, to learn what the library claims on a sw
 class Profile:
     """How far a run searches: cases per cell in the exact regime and outside, and tries to find them.
 
-    `leaves`: the groups of laws, and single ones, that it runs only where a filter asks for them.
+    `leaves`: the groups of laws, and single ones, that it runs only where a filter asks for them; `model_dtypes`: in
+    which dtypes it runs whole models where no filter asks for others.
     """
 
     name: str
@@ -34,10 +35,17 @@ class Profile:
     native: int
     tries: int
     leaves: frozenset[str] = frozenset()
+    model_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+    def takes(self, cell: Cell, filters: Filters) -> bool:
+        """Return whether the profile runs a cell that the filters admit."""
+        if not filters.law and {cell.law, cell.law.partition(".")[0]} & self.leaves:
+            return False
+        return bool(filters.dtype) or cell.sweep.layer not in MODELS or cell.sweep.dtype in self.model_dtypes
 
 
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 48, frozenset({"combine", "quantize", "forward.compiled"})),
+    "quick": Profile("quick", 1, 1, 48, frozenset({"combine", "quantize", "forward.compiled"}), ("float32",)),
     "full": Profile("full", 6, 14, 120),
     "nightly": Profile("nightly", 20, 60, 480),
 }
@@ -114,7 +122,7 @@ def validated(filters: Filters, implementation: Implementation, laws: Sequence[L
     known = {
         "law": [law.name for law in laws],
         "variant": list(implementation.variants()),
-        "layer": list(LAYERS),
+        "layer": list(SUBJECTS),
         "dtype": list(DTYPES),
     }
     for name, choices in known.items():
@@ -131,11 +139,11 @@ def cells(implementation: Implementation, laws: Sequence[Law], filters: Filters)
     """
     found = []
     for name, variant in implementation.variants().items():
-        for layer in LAYERS:
+        for layer in SUBJECTS:
             if layer not in variant.layers:
                 found.append(Cell("refuse.attach", Sweep(implementation.name, name, layer, "float32")))
                 continue
-            for dtype in DTYPES:
+            for dtype in DTYPES if layer not in MODELS else PROFILES["full"].model_dtypes:
                 if dtype in variant.dtypes:
                     sweep = Sweep(implementation.name, name, layer, dtype)
                     found += [cell for law in laws for cell in _of_law(law, variant, sweep)]
@@ -158,6 +166,8 @@ def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
     if law.name == "refuse.attach" or (law.group == "quantize") != (sweep.quantizer is not None):
         return ()
     if sweep.quantizer is not None and (law.name == "quantize.refuses") != (variant.quantizers[sweep.quantizer] is not Claim.YES):
+        return ()
+    if law.on == ("layers" if sweep.layer in MODELS else "models"):
         return ()
     if law.kinds:
         return [Cell(law.name, sweep, kind) for kind, promise in variant.combinations.items() if law.of_kind(kind, promise)]
@@ -200,6 +210,8 @@ class Walk:
         if missing:
             message = f"not installed: {missing}"
             return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}
+        if self.sweep.layer in MODELS and (message := transformer_models.missing(self.sweep.layer)):
+            return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}
         if self.sweep.layer not in self.variant.layers or "quantize.refuses" in self.laws:
             return {name: self._refusal(name) for name in self.laws}
         results: dict[str, CellResult] = {}
@@ -239,7 +251,7 @@ class Walk:
         return ("absent", 0, None, None, 0.0, None, None, (), "the library has no such operation")
 
     def _visit(self, tallies: Mapping[str, _Tally]) -> None:
-        dyadic = FORMULAS[self.variant.formula].dyadic and self.sweep.quantizer is None
+        dyadic = FORMULAS[self.variant.formula].dyadic and self.sweep.quantizer is None and self.sweep.layer not in MODELS
         first: tuple[Case, Law, Outcome] | None = None
         for index in range(self.profile.tries):
             exact = dyadic and index % 2 == 0

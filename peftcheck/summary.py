@@ -22,9 +22,14 @@ LAYERS = (
     "mha",
     "layernorm",
     "parameter",
+    "model.llama",
+    "model.bert",
+    "model.gpt2",
+    "model.vit",
+    "model.resnet",
 )
 QUIET = ("pass", *NOT_RUN)
-GROUPS = ("forward", "merge", "safe_merge", "combine", "quantize", "state", "train", "refuse")
+GROUPS = ("attach", "forward", "merge", "safe_merge", "combine", "quantize", "state", "train", "refuse")
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 
 

@@ -8,7 +8,7 @@ from itertools import product
 from pathlib import Path
 
 from peftcheck import engine, generator, quantizers
-from peftcheck.case import LAYERS, Case, Sweep, encode
+from peftcheck.case import SUBJECTS, Case, Sweep, encode
 from peftcheck.errors import HarnessError
 from peftcheck.faults.fault import Fault, Faulty
 from peftcheck.generator_combine import combination_case
@@ -177,7 +177,7 @@ def _sweeps(implementation: Implementation, fault: Fault) -> list[Sweep]:
     chosen = [name for name in variants if not fault.variants or name in fault.variants]
     found = [
         Sweep(implementation.name, name, layer, dtype)
-        for name, layer, dtype in product(chosen, LAYERS, DTYPES)
+        for name, layer, dtype in product(chosen, SUBJECTS, DTYPES)
         if (layer in variants[name].layers) is not fault.unsupported
         and (not fault.layers or layer in fault.layers)
         and (not fault.dtypes or dtype in fault.dtypes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftcheck.laws import (
+    attach,
     combine,
     combine_state,
     combine_truncation,
@@ -22,6 +23,7 @@ from peftcheck.laws import (
 )
 
 __all__ = [
+    "attach",
     "combine",
     "combine_state",
     "combine_truncation",

@@ -14,6 +14,7 @@ from peftcheck.stage import Stage
     "abs(adapted(x) - closed form(x)) <= running error bound",
     (Op.FORWARD,),
     "the (IA)^3 gate on the wrong side of a feed-forward layer; a dilation that the adapter's convolution drops",
+    on="both",
 )
 def oracle(stage: Stage) -> Measurement | None:
     """Compare each adapted layer's output with the closed form on the input that the layer received."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from peftcheck import models
 from peftcheck.architecture import architecture, difference
 from peftcheck.case import LayerSpec
 from peftcheck.implementation import Inverts, Op, Variant
@@ -13,7 +16,7 @@ from peftcheck.measurement import Measurement, broken, compare, identical, worst
 from peftcheck.oracle import FORMULAS
 from peftcheck.oracle.layers import layer_output
 from peftcheck.rounding import judged
-from peftcheck.stage import Stage
+from peftcheck.stage import Record, Stage
 
 
 def merge_all(stage: Stage) -> None:
@@ -30,6 +33,7 @@ def merge_all(stage: Stage) -> None:
     "abs(adapted(x) - merged(x)) <= bound of either computation, layer by layer on recorded inputs",
     (Op.FORWARD, Op.MERGE),
     "the promise of merging itself; library tests allow up to 0.3 here",
+    on="both",
 )
 def forward(stage: Stage) -> Measurement | None:
     """Give each merged layer the input that it had in the adapted run."""
@@ -52,6 +56,7 @@ def forward(stage: Stage) -> Measurement | None:
     "abs(merged tensor - closed form) <= running error bound",
     (Op.MERGE,),
     "merge and forward can err alike: only a closed form from outside the library tells",
+    on="both",
 )
 def oracle(stage: Stage) -> Measurement | None:
     """Compare every merged tensor with the closed form."""
@@ -71,6 +76,7 @@ def oracle(stage: Stage) -> Measurement | None:
     (Op.MERGE, Op.DELTA),
     "a reported delta feeds extraction and combination: it must be the one that merging applies",
     concerns=lambda variant: FORMULAS[variant.formula].delta is not None,
+    on="both",
 )
 def delta(stage: Stage) -> Measurement | None:
     """Compare the delta that the library reports for the first adapter with what its merge changes."""
@@ -114,6 +120,7 @@ def _restored(stage: Stage, cycles: int) -> Measurement | None:
     (Op.MERGE, Op.UNMERGE),
     "(IA)^3 convolution unmerge multiplied the bias by the scale instead of dividing (PEFT 0.6.0 to 0.19.1)",
     concerns=_inverts,
+    on="both",
 )
 def roundtrip(stage: Stage) -> Measurement | None:
     """Merge, unmerge, and compare every tensor with its pristine copy."""
@@ -128,6 +135,7 @@ def roundtrip(stage: Stage) -> Measurement | None:
     (Op.MERGE, Op.UNMERGE),
     "weight synchronisation to an inference server merges and unmerges at every step",
     concerns=_inverts,
+    on="both",
 )
 def drift(stage: Stage) -> Measurement | None:
     """Merge and unmerge several times, where that may not end in an overflow."""
@@ -145,28 +153,28 @@ def drift(stage: Stage) -> Measurement | None:
     (Op.FORWARD, Op.DISABLED),
     "a forward with adapters disabled unmerges on the way, silently",
     concerns=lambda variant: not variant.rewrites_base,  # there the pristine output is no reference
+    on="both",
 )
 def disable(stage: Stage) -> Measurement | None:
     """Run with adapters disabled, first as attached, then (where the library merges) merged."""
     found = []
-    inputs = [stage.inputs[spec.name] for spec in stage.case.layers]
-    with torch.no_grad(), stage.attached.disabled():
-        outputs = stage.attached.forward(inputs)
-    for spec, output in zip(stage.case.layers, outputs, strict=True):
-        plain = stage.pristine_outputs[spec.name]
-        if output.shape != plain.shape:
-            return broken(f"{spec.name}:output", "shape", f"{tuple(output.shape)} where {tuple(plain.shape)} is due")
+    with stage.attached.disabled():
+        seen = stage.run()
+    for name, one in seen.items():
+        plain = stage.pristine_outputs[name]
+        if one.y.shape != plain.shape:
+            return broken(f"{name}:output", "shape", f"{tuple(one.y.shape)} where {tuple(plain.shape)} is due")
         if not stage.variant.rewrites_base:
-            found.append(compare(f"{spec.name}:output", output, plain, torch.zeros((), dtype=torch.float64)))
+            found.append(compare(f"{name}:output", one.y, plain, torch.zeros((), dtype=torch.float64)))
     if stage.can(Op.MERGE, Op.UNMERGE) and stage.finite:
         merge_all(stage)
-        with torch.no_grad(), stage.attached.disabled():
-            outputs = stage.attached.forward(inputs)
-        found += _disabled_while_merged(stage, outputs)
+        with stage.attached.disabled():
+            seen = stage.run()
+        found += _disabled_while_merged(stage, seen)
     return worst(found) if found else None
 
 
-def _disabled_while_merged(stage: Stage, outputs) -> list[Measurement]:
+def _disabled_while_merged(stage: Stage, seen: Mapping[str, Record]) -> list[Measurement]:
     """Judge outputs of a model that had to unmerge first: W' differs from W by the round trip at most.
 
     The output moves by that budget applied to abs(x), and both outputs are rounded: twice the layer's own bound.
@@ -174,14 +182,15 @@ def _disabled_while_merged(stage: Stage, outputs) -> list[Measurement]:
     found = []
     if not stage.outputs_count or stage.variant.inverts is Inverts.NEVER or stage.variant.rewrites_base:
         return found
-    for spec, output in zip(stage.case.layers, outputs, strict=True):
-        plain, x = stage.pristine_outputs[spec.name], stage.inputs[spec.name]
-        base = stage.base(spec.name)
+    for name, one in seen.items():
+        spec, base = stage.spec(name), stage.base(name)
         moved = {**base, **{tensor: base[tensor].widened(room) for tensor, room in _room(stage, spec).items()}}
-        ideal = layer_output(stage.machine.base, spec, base, stage.activation(spec.name, x))
-        after = layer_output(stage.machine.base, spec, moved, stage.activation(spec.name, x))
+        ideal = layer_output(stage.machine.base, spec, base, stage.activation(name, one.x))
+        after = layer_output(stage.machine.base, spec, moved, stage.activation(name, one.x))
+        # in a whole model the input itself has moved by what the layers before have
+        plain = ideal.value if stage.case.whole else stage.pristine_outputs[name]
         if stage.sound(after):  # a round trip that may lead anywhere says nothing of the output
-            found.append(compare(f"{spec.name}:output", output, plain, ideal.bound + after.bound))
+            found.append(compare(f"{name}:output", one.y, plain, ideal.bound + after.bound))
     return found
 
 
@@ -205,6 +214,7 @@ def _room(stage: Stage, spec: LayerSpec) -> dict[str, Tensor]:
     "merge_and_unload() and unload() leave the base's architecture; the tensors are the merged ones, the base's",
     (Op.EXPORT,),
     "BEFT changed the architecture of a layer without bias; wrappers left hooks and attributes behind",
+    on="both",
 )
 def export(stage: Stage) -> Measurement | None:
     """Export the merged model and compare types, attributes, hooks, keys, strides and numbers."""
@@ -212,13 +222,27 @@ def export(stage: Stage) -> Measurement | None:
     shape = difference(architecture(model), stage.architecture)
     if not shape.holds:
         return shape
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state = models.tensors(model)
     found = []
     for name in stage.targeted:
         for tensor, form in stage.merged(name).items():
             budget = judged(form, machine=stage.machine.base.store)
             found.append(compare(f"{name}:{tensor}", state[f"{name}.{tensor}"], form.value, budget))
+    if stage.case.whole:
+        changed = merged_keys(stage)
+        kept = {**stage.start, **stage.saved()}
+        found += [identical(key, state[key], tensor) for key, tensor in kept.items() if key not in changed]
     return worst([shape, *found])
+
+
+def merged_keys(stage: Stage) -> set[str]:
+    """Return the names of the base's tensors that merging all adapters changes, those that share them included."""
+    changed = {f"{name}.{tensor}" for name in stage.targeted for tensor in stage.merged(name)}
+    for spec in stage.case.layers:
+        own, other = f"{spec.name}.weight", f"{spec.tied}.weight"
+        if spec.tied and (own in changed or other in changed):
+            changed |= {own, other}
+    return changed
 
 
 @law(
@@ -227,6 +251,7 @@ def export(stage: Stage) -> Measurement | None:
     (Op.UNLOAD,),
     "an export without merge must be the base",
     structural=True,
+    on="both",
 )
 def unload(stage: Stage) -> Measurement | None:
     """Remove the adapters without merging and compare everything with the base."""
@@ -234,6 +259,6 @@ def unload(stage: Stage) -> Measurement | None:
     shape = difference(architecture(model), stage.architecture)
     if not shape.holds:
         return shape
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state = models.tensors(model)
     kept = stage.start if stage.variant.rewrites_base else stage.pristine
     return worst([identical(key, state[key], tensor) for key, tensor in kept.items()])

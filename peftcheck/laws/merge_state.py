@@ -5,7 +5,7 @@ from __future__ import annotations
 from peftcheck.architecture import layout
 from peftcheck.implementation import Op
 from peftcheck.law import law
-from peftcheck.laws.merge import merge_all
+from peftcheck.laws.merge import merge_all, merged_keys
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.stage import Stage
 
@@ -15,6 +15,7 @@ from peftcheck.stage import Stage
     "tensors that no adapter targets, and the adapters' own, are bit-equal after merge and after unmerge",
     (Op.MERGE,),
     "a target name that is a prefix of another layer's; a merge that scales the adapter in place",
+    on="both",
 )
 def isolated(stage: Stage) -> Measurement | None:
     """Merge, unmerge where possible, and compare every bystander with its clone."""
@@ -27,8 +28,7 @@ def isolated(stage: Stage) -> Measurement | None:
 
 
 def _bystanders(stage: Stage, after: str) -> Measurement:
-    changed = {f"{name}.{tensor}" for name in stage.targeted for tensor in stage.merged(name)}
-    changed |= _aliases(stage, changed)
+    changed = merged_keys(stage)
     found = []
     tensors = stage.attached.base_tensors()
     for key, start in stage.start.items():
@@ -46,21 +46,13 @@ def _bystanders(stage: Stage, after: str) -> Measurement:
     return worst(found)
 
 
-def _aliases(stage: Stage, changed: set[str]) -> set[str]:
-    """Return the tensors that share their weight with a changed one."""
-    tied = set()
-    for spec in stage.case.layers:
-        if spec.tied and (f"{spec.name}.weight" in changed or f"{spec.tied}.weight" in changed):
-            tied |= {f"{spec.name}.weight", f"{spec.tied}.weight"}
-    return tied
-
-
 @law(
     "merge.preserves",
     "dtype, shape, strides, device, requires_grad, sharing and training flags are kept by merge and unmerge",
     (Op.MERGE,),
     "a merged bias that came back in the adapter's dtype; a weight replaced by a transposed view",
     structural=True,
+    on="both",
 )
 def preserves(stage: Stage) -> Measurement | None:
     """Compare the bookkeeping of every base tensor and module before and after."""

@@ -114,7 +114,7 @@ def unload(stage: Stage) -> Measurement | None:
     shape = difference(architecture(model), stage.architecture)
     if not shape.holds:
         return shape
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state = models.tensors(model)
     return worst([identical(key, state[key], tensor) for key, tensor in stage.pristine.items()])
 
 

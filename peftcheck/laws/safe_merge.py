@@ -132,6 +132,7 @@ def merge_poisoned(stage: Stage, poisoned: Poisoned) -> Exception | None:
     "a merge that is not finite in the base's dtype is refused, every other is accepted and right",
     (Op.SAFE_MERGE,),
     "the finiteness check sits before the cast: an fp32 adapter overflows a half-precision base unseen",
+    on="both",
 )
 def rejects(stage: Stage) -> Measurement | None:
     """Poison one tensor and compare the library's decision with the oracle's."""
@@ -177,6 +178,7 @@ def _refused(stage: Stage) -> tuple[Poisoned, Exception | None] | None:
     "after a refusal every tensor of the refusing layer is bit-equal and it is not marked merged",
     (Op.SAFE_MERGE,),
     "a weight that is written before the bias is checked",
+    on="both",
 )
 def atomic(stage: Stage) -> Measurement | None:
     """Provoke a refusal and compare the refusing layer, and the poisoned adapter, with their clones."""
@@ -206,6 +208,7 @@ def _unchanged(stage: Stage, wanted: Callable[[str], bool]) -> list[Measurement]
     "after a refusal every tensor of the whole model is bit-equal and no layer is marked merged",
     (Op.SAFE_MERGE,),
     "layers before the poisoned one stay merged: the model is half one thing and half another",
+    on="both",
 )
 def all_or_nothing(stage: Stage) -> Measurement | None:
     """Poison the last of the adapted layers and compare the whole model with its clones after the refusal."""
@@ -230,6 +233,7 @@ def all_or_nothing(stage: Stage) -> Measurement | None:
     (Op.SAFE_MERGE,),
     "with ten adapters loaded, 'NaNs detected' helps nobody",
     structural=True,
+    on="both",
 )
 def names(stage: Stage) -> Measurement | None:
     """Provoke a refusal and look for the adapter's name in the message."""
@@ -250,6 +254,7 @@ def names(stage: Stage) -> Measurement | None:
     "safe and unsafe merges of finite values agree within one rounding of each, and so do their unmerges",
     (Op.MERGE, Op.SAFE_MERGE, Op.UNMERGE),
     "two code paths for one formula drift apart",
+    on="both",
 )
 def agrees(stage: Stage) -> Measurement | None:
     """Merge safely and unsafely, unmerge both, and compare.

@@ -17,11 +17,11 @@ ROOT = Path(peftcheck.__file__).parent
 ORDER = """
     errors escape dataclass_json
     rounding rounding_linalg processor calibration
-    case where issue values models
+    case where issue values transformer_models models targets
     implementation spelling refusal
     oracle budgets reductions quantizers
     measurement architecture memento outcome
-    generator stage training combination combination_diagnosis generator_combine
+    generator_model generator stage training combination combination_diagnosis generator_combine
     law laws engine
     implementations
     shrink ledger_file ledger repro

@@ -10,7 +10,7 @@ import peft
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from peftcheck import quantizers
+from peftcheck import models, quantizers
 from peftcheck.case import AdapterSpec, Case
 from peftcheck.errors import UsageError
 from peftcheck.implementation import Variant
@@ -18,6 +18,7 @@ from peftcheck.implementations.peft.attached import PeftAttached
 from peftcheck.implementations.peft.methods import METHODS
 from peftcheck.implementations.peft.quantization import with_quantizers
 from peftcheck.implementations.peft.script import spelling
+from peftcheck.implementations.peft.whole_models import as_users_write
 from peftcheck.spelling import Spelling
 
 
@@ -37,10 +38,11 @@ class Peft:
             method = METHODS[case.sweep.variant]
         except KeyError:
             raise UsageError(f"peft has no variant '{case.sweep.variant}': see peftcheck list variants") from None
-        names = [spec.name for spec in case.layers]
+        names = models.holders(model) if case.whole else [spec.name for spec in case.layers]
 
         def config(adapter: AdapterSpec):
-            return method.config(adapter, [case.layers[target].name for target in adapter.targets])
+            made = method.config(adapter, [case.layers[target].name for target in adapter.targets])
+            return as_users_write(made, case, adapter)
 
         first, *others = case.adapters
         autocast = case.adapter_dtype != case.sweep.dtype
@@ -58,7 +60,7 @@ class Peft:
                 model.add_adapter(adapter.name, given, autocast_adapter_dtype=autocast)
                 method.after(model, given, adapter.name, case)
 
-            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run)
+            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole)
             for adapter in others:
                 attached.add(adapter)
             if others:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import torch
 from peft import IA3Model, PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from peftcheck.case import AdapterSpec
@@ -30,6 +32,7 @@ class PeftAttached:
         autocast: bool,
         quantizer: Quantizer | None = None,
         run: Run = lambda model, inputs: model(*inputs),
+        whole: bool = False,
     ) -> None:
         self.model = model
         self.names = tuple(names)
@@ -38,6 +41,7 @@ class PeftAttached:
         self.autocast = autocast
         self.quantizer = quantizer
         self.run = run
+        self.whole = whole
 
     # accessors
 
@@ -59,16 +63,25 @@ class PeftAttached:
                 yield name, module
 
     def sites(self, adapter: str) -> tuple[str, ...]:
-        own = ((name, _own(module, adapter, self.roles)) for name, module in self._tuner_layers())
-        return tuple(name for name, tensors in own if any(True for _ in tensors))
+        own = {name: [t.data_ptr() for _, t in _own(module, adapter, self.roles)] for name, module in self._tuner_layers()}
+        # a bank or a projection that layers share hangs on each of them, adapted by this adapter or not
+        seen = Counter(pointer for pointers in own.values() for pointer in set(pointers))
+        alone = any(seen[pointer] == 1 for pointers in own.values() for pointer in pointers)
+        return tuple(name for name, pointers in own.items() if any(seen[p] == 1 or not alone for p in pointers))
 
     def base_tensors(self) -> dict[str, Tensor]:
         tensors = {}
         for name in self.names:
             module = self.base_layer(name)
-            held = dict(module.named_parameters()) if self.quantizer is None else self.quantizer.tensors(module)
+            held = self._held(module) if self.quantizer is None else self.quantizer.tensors(module)
             tensors |= {f"{name}.{key}": tensor for key, tensor in held.items()}
         return tensors
+
+    def _held(self, module: nn.Module) -> dict[str, Tensor]:
+        if not self.whole:
+            return dict(module.named_parameters())
+        # a module of a whole model may hold others, which are named themselves
+        return {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
 
     def base_values(self) -> dict[str, Tensor]:
         tensors = self.base_tensors()
@@ -80,16 +93,22 @@ class PeftAttached:
 
     def base_layer(self, name: str) -> nn.Module:
         module = self.layer(name)
-        while isinstance(module, BaseTunerLayer):
-            module = module.base_layer
+        while isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            module = module.base_layer if isinstance(module, BaseTunerLayer) else module.original_module
         return module
 
     def adapter_tensors(self, adapter: str) -> dict[tuple[str, str], Tensor]:
-        return {
+        own = {
             (name, self.roles.get(key, key)): tensor
             for name, module in self._tuner_layers()
             for key, tensor in _own(module, adapter, self.roles)
         }
+        return own | (self._saved(adapter) if self.whole else {})
+
+    def _saved(self, adapter: str) -> dict[tuple[str, str], Tensor]:
+        wrappers = ((name, self.layer(name)) for name in self.names)
+        copies = ((name, m.modules_to_save[adapter]) for name, m in wrappers if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save)
+        return {(name, f"saved.{key}"): tensor for name, copy in copies for key, tensor in copy.named_parameters()}
 
     def trainable(self, adapter: str) -> frozenset[tuple[str, str]]:
         return frozenset(key for key, tensor in self.adapter_tensors(adapter).items() if tensor.requires_grad)

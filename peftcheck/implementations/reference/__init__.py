@@ -20,6 +20,7 @@ from pathlib import Path
 
 from torch import nn
 
+from peftcheck import models
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, Case, LayerSpec
 from peftcheck.errors import UsageError
 from peftcheck.implementation import Claim, Op, Promise, Variant
@@ -29,6 +30,7 @@ from peftcheck.implementations.reference.dora import Decomposed
 from peftcheck.implementations.reference.ia3 import Gate
 from peftcheck.implementations.reference.lora import LowRank
 from peftcheck.rounding import DTYPES
+from peftcheck.transformer_models import having
 
 MERGES = frozenset({Op.MERGE, Op.SAFE_MERGE, Op.UNMERGE, Op.EXPORT})
 _PLAIN = frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS})
@@ -138,7 +140,7 @@ class Reference:
     ledger = None
 
     def variants(self) -> Mapping[str, Variant]:
-        return {name: variant for name, (variant, _) in METHODS.items()}
+        return {name: replace(variant, layers=variant.layers | having(variant.layers)) for name, (variant, _) in METHODS.items()}
 
     def attach(self, model: nn.Module, case: Case) -> ReferenceAttached:
         """Attach the case's adapters, all of them active, in order; raises UsageError for an unknown variant."""
@@ -147,9 +149,9 @@ class Reference:
                 f"reference has no variant '{case.sweep.variant}': choose from {', '.join(METHODS)}"
             )
         _, make = METHODS[case.sweep.variant]
-        attached = ReferenceAttached(
-            model, [spec.name for spec in case.layers], make, DTYPES[case.adapter_dtype]
-        )
+        names = [spec.name for spec in case.layers]
+        others = [name for name in models.holders(model) if name not in names] if case.whole else []
+        attached = ReferenceAttached(model, names, make, DTYPES[case.adapter_dtype], others)
         for adapter in case.adapters:
             attached.add(adapter)
         attached.activate([adapter.name for adapter in case.adapters])

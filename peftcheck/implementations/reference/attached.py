@@ -22,13 +22,15 @@ Make = Callable[[str, nn.Module, AdapterSpec, torch.dtype], nn.Module]
 class ReferenceAttached:
     """Wrap layers in place: `model` is the user's own, and stays the one to call.
 
-    `names` are the pristine names of the layers, to which the targets of an adapter refer. `make` builds an adapter
-    for a layer, in `dtype`. The base is frozen while adapters are attached.
+    `names` are the pristine names of the layers, to which the targets of an adapter refer; `others` those of modules
+    that hold tensors besides. `make` builds an adapter for a layer, in `dtype`. The base is frozen while adapters are
+    attached.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], make: Make, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, names: Sequence[str], make: Make, dtype: torch.dtype, others: Sequence[str] = ()) -> None:
         self.model = model
         self.names = tuple(names)
+        self.others = tuple(others)
         self.make = make
         self.dtype = dtype
         self.trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -56,6 +58,10 @@ class ReferenceAttached:
             module = self.layer(name)
             layer = module.layer if isinstance(module, Wrapper) else module
             tensors.update({f"{name}.{key}": parameter for key, parameter in layer.named_parameters()})
+        for name in self.others:
+            module = self.layer(name)
+            own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+            tensors.update({f"{name}.{key}": tensor for key, tensor in own})
         return tensors
 
     def base_values(self) -> dict[str, Tensor]:

@@ -47,6 +47,11 @@ class Wrapper(nn.Module):
         self.enabled = True
         self.train(layer.training)
 
+    @property
+    def weight(self) -> Tensor:
+        """Return the layer's weight: models read its dtype or its device, whatever stands at the layer's place."""
+        return self.layer.weight
+
     def put(self, adapter: nn.Module) -> None:
         """Take an adapter in. Its key is prefixed: a dictionary of modules forbids names of its own attributes."""
         self.adapters[f"adapter {adapter.name}"] = adapter.train(self.training)

@@ -1,0 +1,44 @@
+"""PEFT on whole models: which of them a method accepts, and targets as users write them."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import replace
+from typing import Any
+
+from peftcheck.case import AdapterSpec, Case
+from peftcheck.implementation import Variant
+from peftcheck.targets import Targets, spelled
+from peftcheck.transformer_models import BLUEPRINTS, having
+
+
+def with_models(variant: Variant) -> Variant:
+    """Return the variant with the whole models that have a layer of a kind which it accepts."""
+    accepted = having(variant.layers)
+    unasked = having(variant.unasked) - accepted
+    return replace(variant, layers=variant.layers | accepted, unasked=variant.unasked | unasked)
+
+
+def as_users_write(config: Any, case: Case, adapter: AdapterSpec) -> Any:
+    """Return a configuration with its targets spelled as the case has it, as far as the configuration can say it.
+
+    Raises what the configuration raises.
+    """
+    if not case.whole:
+        return config
+    fields = {field.name for field in dataclasses.fields(config) if field.init}
+    targets = spelled(case, adapter)
+    if targets.blocks and not {"layers_to_transform", "layers_pattern"} <= fields:
+        targets = Targets(tuple(case.layers[target].name for target in adapter.targets))
+    given: dict[str, Any] = {}
+    blueprint = BLUEPRINTS[case.sweep.layer]
+    if case.setting("save_head") and "modules_to_save" in fields:
+        given["modules_to_save"] = [blueprint.head]
+    if blueprint.task == "CAUSAL_LM" or case.setting("save_head"):  # a classifier's task has PEFT save its head
+        given["task_type"] = blueprint.task
+    given["target_modules"] = targets.modules if isinstance(targets.modules, str) else list(targets.modules)
+    if targets.blocks:
+        given |= {"layers_to_transform": list(targets.blocks), "layers_pattern": targets.container}
+    if getattr(config, "feedforward_modules", None) and targets.modules != "all-linear":
+        given["feedforward_modules"] = given["target_modules"]
+    return dataclasses.replace(config, **given)

@@ -14,7 +14,7 @@ from peftcheck.law import Law
 from peftcheck.laws.safe_merge import administer
 from peftcheck.measurement import NOTHING
 from peftcheck.outcome import Outcome
-from peftcheck.repro import bodies, merging, model
+from peftcheck.repro import bodies, merging, model, training
 from peftcheck.repro.scene import Scene, named
 from peftcheck.spelling import Speller, Spelling, text
 from peftcheck.stage import Stage, set_up
@@ -60,7 +60,7 @@ def _lines(implementation: Implementation, case: Case, law: Law, outcome: Outcom
     poisoned = administer(stage) if law.name in _POISONED else None
     found = outcome.measurement or NOTHING
     scene = Scene(stage, say, found, poisoned)
-    adapters = _adapters(stage, say.root(stage.attached))
+    adapters = [] if law.name in training.FRESH else _adapters(stage, say.root(stage.attached))
     if adapters is None:
         return None
     if outcome.measurement is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftcheck.implementation import Inverts
-from peftcheck.repro import merging, refusing
+from peftcheck.repro import merging, refusing, training
 from peftcheck.repro.model import indented
 from peftcheck.repro.scene import Body, Scene
 
@@ -25,6 +25,11 @@ BODIES: dict[str, Body] = {
     "safe_merge.names": refusing.names,
     "safe_merge.agrees": refusing.agrees,
     "refuse.merge": refusing.refused_merge,
+    "merge.in_train_mode": training.in_train_mode,
+    "merge.under_autocast": training.under_autocast,
+    "merge.channels_last": training.channels_last,
+    "train.dropout": training.dropout,
+    "train.identity_at_init": training.identity_at_init,
 }
 
 
@@ -46,6 +51,9 @@ def steps(scene: Scene, law: str) -> list[str] | None:
     if law == "merge.disable":
         disabled = [f"with {say.disabled}:", *indented(runs)]
         return [*disabled, *scene.merges(), *disabled]
+    if law == "merge.channels_last":
+        formats = {"conv2d": "channels_last", "conv3d": "channels_last_3d"}
+        return [f"model.to(memory_format=torch.{formats[stage.case.sweep.layer]})", *scene.merges()]
     back = [] if stage.variant.inverts is Inverts.NEVER else [say.unmerge]
     return {
         "merge.forward": [*runs, *scene.merges(), *runs],

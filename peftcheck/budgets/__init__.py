@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from peftcheck.budgets import additive, documented, normalized, rotation, scaling, shards, stored
+from peftcheck.budgets import additive, documented, mixed, normalized, rotation, scaling, shards, stored
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
 
 Budget = dict[str, Tensor]
@@ -18,6 +18,7 @@ _ROUNDTRIP: dict[Family, Callable[..., Budget]] = {
     Family.SCALING: scaling.roundtrip,
     Family.SHARDS: shards.roundtrip,
     Family.ROTATION: rotation.roundtrip,
+    Family.MIXED: mixed.roundtrip,
 }
 DOCUMENTED: dict[str, Callable[..., Budget]] = documented.BOUNDS
 

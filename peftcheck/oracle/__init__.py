@@ -12,6 +12,7 @@ from peftcheck.oracle import (
     householder,
     lowrank,
     lowrank_variants,
+    mixed,
     normalized,
     pairwise,
     products,
@@ -55,6 +56,7 @@ _MODULES = (
     subspace,
     clustered,
     routed,
+    mixed,
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}
 

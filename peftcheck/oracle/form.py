@@ -25,6 +25,7 @@ class Family(Enum):
     SHARDS = "shards"
     STORED = "stored"
     SNAPSHOT = "snapshot"
+    MIXED = "mixed"
     OPAQUE = "opaque"
 
 

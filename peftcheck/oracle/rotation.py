@@ -114,6 +114,13 @@ def oft_turn(m: Machine, site: Site) -> Turn | None:
     )
 
 
+def oft_rotated(m: Machine, site: Site, vectors: Bounded) -> Bounded:
+    """Return R^T x for vectors x (..., n), in the adapter's arithmetic."""
+    blocks = _repeated(m.adapter.rounded(oft_blocks(m.adapter, site)), turned_width(site.spec))
+    matrix = block_diagonal(blocks)
+    return m.adapter.bilinear(torch.matmul, m.adapter.rounded(vectors), matrix, blocks.value.shape[-1])
+
+
 def oft_forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bounded:
     """Return W R^T x + b; adapters rotate the input (of a look-up: its result) one after the other."""
     spec = sites[0].spec
@@ -122,9 +129,7 @@ def oft_forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bo
     on_rows = spec.kind in EMBEDDINGS
     vectors = linear_map(m.base, spec, base["weight"], x) if on_rows else seen(spec, x)
     for site in sites:
-        blocks = _repeated(m.adapter.rounded(oft_blocks(m.adapter, site)), turned_width(spec))
-        matrix = block_diagonal(blocks)
-        vectors = m.adapter.bilinear(torch.matmul, m.adapter.rounded(vectors), matrix, blocks.value.shape[-1])
+        vectors = oft_rotated(m, site, vectors)
     vectors = m.base.rounded(vectors)
     if on_rows:
         return vectors

@@ -51,7 +51,7 @@ class Peft:
             warnings.simplefilter("ignore")
             given = config(first)
             method.before(model, given, first.name, case)
-            wrapped = get_peft_model(model, given, first.name, autocast_adapter_dtype=autocast)
+            wrapped = get_peft_model(model, given, first.name, mixed=method.mixed, autocast_adapter_dtype=autocast)
             method.after(wrapped, given, first.name, case)
 
             def add(model: PeftModel, adapter: AdapterSpec) -> None:

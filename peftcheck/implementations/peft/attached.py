@@ -59,11 +59,14 @@ class PeftAttached:
     def _tuner_layers(self) -> Iterator[tuple[str, BaseTunerLayer]]:
         for name in self.names:
             module = self.layer(name)
-            if isinstance(module, BaseTunerLayer):
+            while isinstance(module, BaseTunerLayer):  # layers of several methods wrap each other
                 yield name, module
+                module = module.base_layer
 
     def sites(self, adapter: str) -> tuple[str, ...]:
-        own = {name: [t.data_ptr() for _, t in _own(module, adapter, self.roles)] for name, module in self._tuner_layers()}
+        own: dict[str, list[int]] = {}
+        for name, module in self._tuner_layers():
+            own.setdefault(name, []).extend(t.data_ptr() for _, t in _own(module, adapter, self.roles))
         # a bank or a projection that layers share hangs on each of them, adapted by this adapter or not
         seen = Counter(pointer for pointers in own.values() for pointer in set(pointers))
         alone = any(seen[pointer] == 1 for pointers in own.values() for pointer in pointers)
@@ -114,7 +117,10 @@ class PeftAttached:
         return frozenset(key for key, tensor in self.adapter_tensors(adapter).items() if tensor.requires_grad)
 
     def merged(self) -> dict[str, tuple[str, ...]]:
-        return {name: tuple(module.merged_adapters) for name, module in self._tuner_layers()}
+        marked: dict[str, tuple[str, ...]] = {}
+        for name, module in self._tuner_layers():  # the innermost method comes last, and is merged first
+            marked[name] = (*module.merged_adapters, *marked.get(name, ()))
+        return marked
 
     # operations
 

@@ -36,7 +36,7 @@ class Method:
     parameter attributes ('lora_A.weight') to the roles of the closed form ('A'). `before` is what the documentation
     asks to be run on the user's model before an adapter is attached (statistics of data), `after` what it asks to be
     run on PEFT's model afterwards. `run(model, inputs)` runs a model that has to be told more than its inputs;
-    `layer` defines, in a script, how its layers are called then.
+    `layer` defines, in a script, how its layers are called then. `mixed`: the adapters are of several types.
     """
 
     variant: Variant
@@ -46,6 +46,7 @@ class Method:
     after: Step = _nothing
     run: Callable[[PeftModel, Sequence[Tensor]], Sequence[Tensor]] = _run
     layer: tuple[str, ...] | None = None
+    mixed: bool = False
 
 
 def no_delta(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:

@@ -32,8 +32,9 @@ def spelling(case: Case, method: Method) -> Spelling:
     names = tuple(dict.fromkeys(name for config in configs for name in _classes(config)))
     half = case.sweep.dtype in ("bfloat16", "float16")  # elsewhere PEFT casts no adapter
     cast = ", autocast_adapter_dtype=False" if half and case.adapter_dtype == case.sweep.dtype else ""
+    mixed = ", mixed=True" if method.mixed else ""
     first, *others = zip(case.adapters, configs, strict=True)
-    attach = [f"model = get_peft_model(model, {source(first[1])}, {text(first[0].name)}{cast})"]
+    attach = [f"model = get_peft_model(model, {source(first[1])}, {text(first[0].name)}{cast}{mixed})"]
     attach += [
         f"model.add_adapter({text(adapter.name)}, {source(config)}{cast})" for adapter, config in others
     ]

@@ -47,6 +47,7 @@ _FAMILIES = (
     "adamss",
     "lily",
     "poly",
+    "mixed",
 )
 
 

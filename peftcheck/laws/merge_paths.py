@@ -79,10 +79,10 @@ def under_inference_mode(stage: Stage) -> Measurement | None:
     return worst(found)
 
 
-def _casts(stage: Stage) -> torch.dtype:
+def _casts(stage: Stage) -> torch.dtype | None:
     """Return another dtype that the variant takes, by the case's own seed: float32 or half, where models are cast to."""
     others = sorted(name for name in stage.variant.dtypes if name not in (stage.case.sweep.dtype, "float64"))
-    return DTYPES[others[stage.case.values % len(others)]]
+    return DTYPES[others[stage.case.values % len(others)]] if others else None
 
 
 @law(
@@ -90,12 +90,15 @@ def _casts(stage: Stage) -> torch.dtype:
     "after model.to(dtype) the merged weights have that dtype and are its closed form within the bound of merge.oracle",
     (Op.MERGE,),
     "plain tensors and caches that .to() does not reach stay in the old dtype",
+    concerns=lambda variant: bool(variant.dtypes & {"bfloat16", "float16"}),
 )
 def after_to_dtype(stage: Stage) -> Measurement | None:
     """Cast the adapted model whole, take what is stored then as the start, and merge."""
     if not merge_holds(stage):
         return NOTHING
     dtype = _casts(stage)
+    if dtype is None:
+        return None
     for model in _models(stage.attached):
         model.to(dtype)
     cast = replace(stage, machine=machine(dtype, dtype, False))

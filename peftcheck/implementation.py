@@ -91,6 +91,10 @@ def _layer_as_drawn(layer: LayerSpec) -> LayerSpec:
     return layer
 
 
+def _trainables_only(adapter: AdapterSpec) -> frozenset[str]:
+    return frozenset()
+
+
 @dataclass(frozen=True)
 class Variant:
     """A method as the library offers it.
@@ -109,6 +113,8 @@ class Variant:
     `dropped` are the roles whose part of the change dropout acts on, where that is not all of it.
     `quantizers`: on linear layers quantized by each of these the method merges (YES), or must refuse to (REFUSES).
     `package`: what the method imports besides the library's own requirements; where it is missing the cells are absent.
+    `keeps`: the roles of what a checkpoint of the adapter holds besides its trainable tensors, once each (indices, a
+    saved projection); frozen tensors of other roles are made anew on loading, from the options and the base.
     """
 
     name: str
@@ -136,6 +142,7 @@ class Variant:
     starts_when: Callable[[AdapterSpec], bool] | None = None
     samples: bool = False
     dropped: frozenset[str] = frozenset()
+    keeps: Callable[[AdapterSpec], frozenset[str]] = _trainables_only
     source: str = ""
 
 
@@ -227,6 +234,22 @@ class Implementation(Protocol):
 
     def attach(self, model: nn.Module, case: Case) -> Attached:
         """Attach the case's adapters to the model (which it may change), the first of them active."""
+
+
+@runtime_checkable
+class Reloads(Protocol):
+    """What an `Implementation` has besides where its library saves and loads adapters."""
+
+    def reload(self, model: nn.Module, case: Case, folders: Mapping[str, Path]) -> Attached:
+        """Attach saved adapters, and nothing else, to a pristine model; all of them active, in the order given.
+
+        `folders` maps names of adapters of the case to where `stored` finds what `Attached.save` wrote.
+        """
+
+
+def stored(folder: Path, adapter: str) -> Path:
+    """Return where an adapter's files lie after `Attached.save(folder, ...)`: in a folder of its own, or in `folder`."""
+    return folder / adapter if (folder / adapter).is_dir() else folder
 
 
 def names() -> tuple[str, ...]:

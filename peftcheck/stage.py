@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,7 @@ class Stage:
     _merged: dict[tuple, dict[str, Base]] = field(default_factory=dict)
     _records: dict[str, Record] | Exception | None = None
     _effect: float | None = None
+    saved: Any = None  # what `checkpoint.saved` wrote, kept for the laws that read it
     put_back: Callable[[], None] = lambda: None
 
     # what the case is

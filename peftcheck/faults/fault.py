@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from peftcheck.case import Case
-from peftcheck.implementation import Attached, Implementation, Variant
+from peftcheck.implementation import Attached, Implementation, Reloads, Variant
 
 REFUSALS = (
     ValueError,
@@ -92,6 +92,17 @@ class Fault:
 
 
 @dataclass(frozen=True)
+class Reloading:
+    """An implementation whose `attach` loads from checkpoints: so a fault spoils a reloaded model like any other."""
+
+    inner: Reloads
+    folders: Mapping[str, Path]
+
+    def attach(self, model: nn.Module, case: Case) -> Attached:
+        return self.inner.reload(model, case, self.folders)
+
+
+@dataclass(frozen=True)
 class Faulty:
     """An implementation with a fault in it. The fault's own source counts as the library's: its errors are its own."""
 
@@ -112,3 +123,6 @@ class Faulty:
 
     def attach(self, model: nn.Module, case: Case) -> Attached:
         return self.fault.attach(self.inner, model, case)
+
+    def reload(self, model: nn.Module, case: Case, folders: Mapping[str, Path]) -> Attached:
+        return self.fault.attach(Reloading(self.inner, folders), model, case)

@@ -20,6 +20,9 @@ from peftcheck.laws import (
     safe_merge,
     train,
     train_modes,
+    state,
+    state_delete,
+    state_tied,
 )
 
 __all__ = [
@@ -40,4 +43,7 @@ __all__ = [
     "safe_merge",
     "train",
     "train_modes",
+    "state",
+    "state_delete",
+    "state_tied",
 ]

@@ -10,7 +10,7 @@ from torch import Tensor
 from peftcheck import models
 from peftcheck.architecture import architecture, difference
 from peftcheck.case import LayerSpec
-from peftcheck.implementation import Inverts, Op, Variant
+from peftcheck.implementation import Attached, Inverts, Op, Variant
 from peftcheck.law import law
 from peftcheck.measurement import Measurement, broken, compare, identical, worst
 from peftcheck.oracle import FORMULAS
@@ -19,13 +19,14 @@ from peftcheck.rounding import judged
 from peftcheck.stage import Record, Stage
 
 
-def merge_all(stage: Stage) -> None:
-    """Merge all adapters, in one call or one by one, safely or not, as the case says."""
+def merge_all(stage: Stage, into: Attached | None = None) -> None:
+    """Merge all adapters, in one call or one by one, safely or not, as the case says; of the stage's model, or another."""
+    attached = into or stage.attached
     if stage.case.joint or len(stage.names) == 1:
-        stage.attached.merge(stage.names, safe=stage.case.safe)
+        attached.merge(stage.names, safe=stage.case.safe)
         return
     for name in stage.names:
-        stage.attached.merge((name,), safe=stage.case.safe)
+        attached.merge((name,), safe=stage.case.safe)
 
 
 @law(

@@ -21,7 +21,7 @@ ORDER = """
     implementation spelling refusal
     oracle budgets reductions quantizers
     measurement architecture memento outcome
-    generator_model generator stage training combination combination_diagnosis generator_combine
+    generator_model generator stage checkpoint training combination combination_diagnosis generator_combine
     law laws engine
     implementations
     shrink ledger_file ledger repro

@@ -68,6 +68,27 @@ class Peft:
         wrapped.train(case.train)
         return attached
 
+    def reload(self, model: nn.Module, case: Case, folders: Mapping[str, Path]) -> PeftAttached:
+        """Attach saved adapters to a pristine model: `PeftModel.from_pretrained`, then `load_adapter`."""
+        method = METHODS[case.sweep.variant]
+        names = [spec.name for spec in case.layers]
+
+        def config(adapter: AdapterSpec):
+            return method.config(adapter, [case.layers[target].name for target in adapter.targets])
+
+        first, *others = folders
+        autocast = case.adapter_dtype != case.sweep.dtype
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            wrapped = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first, autocast_adapter_dtype=autocast)
+            attached = PeftAttached(wrapped, names, method.roles, config, autocast)
+            for name in others:
+                attached.load(folders[name], name)
+            if others:
+                attached.activate(tuple(folders))
+        wrapped.train(case.train)
+        return attached
+
     def spelling(self, case: Case) -> Spelling:
         """Return how PEFT's operations are spelled in a standalone script."""
         return spelling(case, METHODS[case.sweep.variant])

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from unittest.mock import patch
 
 import torch
 from peft import IA3Model, PeftModel
@@ -186,7 +187,9 @@ class PeftAttached:
         self.model.delete_adapter(adapter)
 
     def save(self, folder: Path, adapters: Sequence[str]) -> None:
-        self.model.save_pretrained(str(folder), selected_adapters=list(adapters))
+        # the model card (a README) costs ten times what the tensors do, and says nothing of them
+        with patch.object(self.model, "create_or_update_model_card", lambda folder: None):
+            self.model.save_pretrained(str(folder), selected_adapters=list(adapters))
 
     def load(self, folder: Path, adapter: str) -> None:
         self.model.load_adapter(str(folder), adapter, autocast_adapter_dtype=self.autocast)

@@ -52,3 +52,8 @@ class Method:
 def no_delta(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     """Claim everything but a reported delta."""
     return Claim.ABSENT if op is Op.DELTA else Claim.YES
+
+
+def keeping(*roles: str) -> Callable[[AdapterSpec], frozenset[str]]:
+    """Declare that a checkpoint holds tensors of these roles besides the trained ones."""
+    return lambda adapter: frozenset(roles)

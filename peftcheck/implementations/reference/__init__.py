@@ -156,3 +156,12 @@ class Reference:
             attached.add(adapter)
         attached.activate([adapter.name for adapter in case.adapters])
         return attached
+
+    def reload(self, model: nn.Module, case: Case, folders: Mapping[str, Path]) -> ReferenceAttached:
+        """Attach saved adapters to a pristine model, all of them active, in order."""
+        _, make = METHODS[case.sweep.variant]
+        attached = ReferenceAttached(model, [spec.name for spec in case.layers], make, DTYPES[case.adapter_dtype])
+        for name, folder in folders.items():
+            attached.load(folder, name)
+        attached.activate(tuple(folders))
+        return attached

@@ -6,7 +6,7 @@ from peft import DeloraConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
-from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.method import Method, keeping
 
 ROLES = {"delora_A": "A", "delora_B": "B", "delora_lambda": "lambda", "delora_w_norm": "norm"}
 
@@ -20,4 +20,4 @@ def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     return Claim.ABSENT if op in (Op.COMBINE, Op.RESCALE, Op.MIXED_BATCH) else Claim.YES
 
 
-METHODS = (Method(Variant("delora", "delora", frozenset({"linear"}), claim=claim), _config, ROLES),)
+METHODS = (Method(Variant("delora", "delora", frozenset({"linear"}), claim=claim, keeps=keeping("norm")), _config, ROLES),)

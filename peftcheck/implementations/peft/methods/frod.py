@@ -6,7 +6,7 @@ from peft import FrodConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Inverts, Op, Variant
-from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.method import Method, keeping
 
 ROLES = {
     "frod_U": "U",
@@ -34,6 +34,7 @@ METHODS = (
             frozenset({"linear", "conv1d-transformers"}),
             options={"rate": (0.01, 0.2, 0.6)},
             claim=claim,
+            keeps=keeping("V", "entries", "frod_s_size"),  # save_projection is the default
             inverts=Inverts.EXACT,
             avoids=frozenset({"huge"}),  # decomposed in single precision when attached
         ),

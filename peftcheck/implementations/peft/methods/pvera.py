@@ -9,7 +9,7 @@ from peft import PveraConfig
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import Method
-from peftcheck.implementations.peft.methods.vera import sharing
+from peftcheck.implementations.peft.methods.vera import keeps, sharing
 
 RANKS = ("alike", "alike", "alike", "unlike")
 
@@ -44,6 +44,7 @@ METHODS = (
             options={"d_initial": (0.1, 1.0), "save_projection": (False, True), "shared_rank": RANKS},
             fit_all=fit_all,
             claim=claim,
+            keeps=keeps,
         ),
         _config,
         {"pvera_A": "A", "pvera_B": "B", "pvera_lambda_b": "b", "pvera_lambda_d": "d"},

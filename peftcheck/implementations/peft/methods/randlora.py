@@ -11,6 +11,7 @@ from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import Method
 from peftcheck.implementations.peft.methods.pvera import RANKS
 from peftcheck.implementations.peft.methods.pvera import fit_all as sharing
+from peftcheck.implementations.peft.methods.vera import keeps
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> RandLoraConfig:
@@ -55,6 +56,7 @@ METHODS = (
             },
             fit_all=_fit_all,
             claim=claim,
+            keeps=keeps,
         ),
         _config,
         {"randlora_A": "A", "randlora_B": "B", "randlora_lambda": "lambda", "randlora_gamma": "gamma"},

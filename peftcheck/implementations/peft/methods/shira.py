@@ -8,7 +8,7 @@ from peft import ShiraConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
-from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.method import Method, keeping
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> ShiraConfig:
@@ -41,6 +41,7 @@ METHODS = (
             fit=fit,
             admit=two_wide,
             claim=claim,
+            keeps=keeping("entries"),
         ),
         _config,
         {"shira_weight": "values", "shira_indices": "entries"},

@@ -8,7 +8,7 @@ from peft import SupertuningConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
-from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.method import Method, keeping
 from peftcheck.implementations.peft.methods.shira import two_wide
 
 ROLES = {
@@ -52,6 +52,7 @@ def _method(name: str, hybrid: bool) -> Method:
         fit=fit,
         admit=two_wide,
         claim=claim,
+        keeps=keeping("entries"),
     )
     return Method(variant, _config, ROLES)
 

@@ -8,7 +8,7 @@ from peft import TinyLoraConfig
 
 from peftcheck.case import EMBEDDINGS, AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
-from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.method import Method, keeping
 
 ROLES = {
     "tinylora_A": "A",
@@ -49,6 +49,7 @@ METHODS = (
             options={"u": (1, 3, 13), "tying": (0.0, 1.0), "seed": (42, 0)},
             fit=fit,
             claim=claim,
+            keeps=keeping("A", "B", "P"),  # save_projection is the default
             avoids=frozenset({"huge"}),  # decomposed in single precision when attached
         ),
         _config,

@@ -45,6 +45,11 @@ def sharing(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ...]) ->
     return tuple(fitted)
 
 
+def keeps(adapter: AdapterSpec) -> frozenset[str]:
+    """The shared projections are stored where asked for; else they follow from `projection_prng_key`."""
+    return frozenset({"A", "B"}) if adapter.option("save_projection") else frozenset()
+
+
 METHODS = (
     Method(
         Variant(
@@ -54,6 +59,7 @@ METHODS = (
             options={"d_initial": (0.1, 1.0), "save_projection": (False, True)},
             fit_all=sharing,
             claim=claim,
+            keeps=keeps,
         ),
         _config,
         {"vera_A": "A", "vera_B": "B", "vera_lambda_b": "b", "vera_lambda_d": "d"},

@@ -133,17 +133,17 @@ def saved(stage: Stage, anew: bool = False) -> Path:
 
     Written once for all laws, since it is a function of the case alone, or `anew`. Changes the stage like saving does.
     """
-    if stage.saved is None or anew:
+    if stage.written is None or anew:
         regenerate(stage)
         folder = temporary(stage)
         try:
             stage.attached.save(folder, stage.names)
-            stage.saved = folder
+            stage.written = folder
         except Exception as error:
-            stage.saved = error
-    if isinstance(stage.saved, Exception):
-        raise stage.saved
-    return stage.saved
+            stage.written = error
+    if isinstance(stage.written, Exception):
+        raise stage.written
+    return stage.written
 
 
 def reloaded(stage: Stage, adapters: Sequence[str]) -> Attached:

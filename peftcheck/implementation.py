@@ -170,6 +170,7 @@ class Attached(Protocol):
 
         A layer that is no site, of which the adapter holds a trained copy instead, has the role 'saved.weight' for
         the copy's weight, and so on.
+        Of an adapter that is not there (any more): none. Likewise `sites`.
         """
 
     def trainable(self, adapter: str) -> frozenset[tuple[str, str]]:

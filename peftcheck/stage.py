@@ -60,7 +60,7 @@ class Stage:
     _merged: dict[tuple, dict[str, Base]] = field(default_factory=dict)
     _records: dict[str, Record] | Exception | None = None
     _effect: float | None = None
-    saved: Any = None  # what `checkpoint.saved` wrote, kept for the laws that read it
+    written: Any = None  # the folder into which `checkpoint.saved` had the adapters saved, for the laws that read it
     put_back: Callable[[], None] = lambda: None
 
     # what the case is

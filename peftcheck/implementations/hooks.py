@@ -107,7 +107,7 @@ class Hooked:
         return (self.model, self)
 
     def sites(self, adapter: str) -> tuple[str, ...]:
-        return tuple(self.adapters[adapter])
+        return tuple(self.adapters.get(adapter, {}))
 
     def layer(self, name: str) -> nn.Module:
         return self.model.get_submodule(name)
@@ -119,7 +119,7 @@ class Hooked:
         return self.base_tensors()
 
     def adapter_tensors(self, adapter: str) -> dict[tuple[str, str], Tensor]:
-        own = self.adapters[adapter]
+        own = self.adapters.get(adapter, {})
         return {
             (site, role): tensor for site, method in own.items() for role, tensor in method.tensors.items()
         }

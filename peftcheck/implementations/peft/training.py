@@ -44,8 +44,16 @@ _STARTS: Mapping[str, str] = {
     "vblora": "VBLoRAConfig.init_vector_bank_bound: zeros are avoided for the sake of the gradients",
 }
 _STARTS_WHEN: Mapping[str, tuple[str, Callable[[AdapterSpec], bool]]] = {
+    "deft": ("DeftConfig.para: the adapter cannot be an identity at init", lambda a: bool(a.option("para"))),
     "hra": ("HRAConfig.r: with an odd r the default initialization does not work", lambda a: a.rank % 2 == 1),
     "miss": ("MissConfig.init_weights: False leaves random values", lambda a: a.option("init") is False),
+}
+_SAMPLES = frozenset({"pvera", "poly"})  # the gates of Poly are relaxed Bernoulli variables in training
+# where dropout acts on a part of the change only: the low-rank one, the part put in
+_DROPPED: Mapping[str, frozenset[str]] = {
+    "supertuning.lora": frozenset({"B"}),
+    "deft": frozenset({"R"}),
+    "deft.qr": frozenset({"R"}),
 }
 
 
@@ -59,8 +67,8 @@ def trained(method: Method) -> Method:
         own,
         starts=starts,
         starts_when=when,
-        samples=family == "pvera",
-        dropped=frozenset({"B"}) if own.name == "supertuning.lora" else frozenset(),
+        samples=family in _SAMPLES,
+        dropped=_DROPPED.get(own.name, frozenset()),
         options={**own.options, **options},
         undropped=_UNDROPPED,
         claim=_mixing(own),

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from peft import PeftModel, PolyConfig
-from torch import Tensor
+from peft.tuners.poly.layer import PolyLayer
+from torch import Tensor, nn
 
-from peftcheck.case import AdapterSpec, LayerSpec
+from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import MERGES, Method
 from peftcheck.oracle.routed import TASKS
@@ -46,6 +48,17 @@ def _run(model: PeftModel, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return model.base_model(*inputs, task_ids=torch.arange(rows) % TASKS)
 
 
+def _told(model: nn.Module, config: Any, adapter: str, case: Case) -> None:
+    """Tell the layers the same where one is called by itself."""
+    for module in model.modules():
+        if isinstance(module, PolyLayer) and _tell not in module._forward_pre_hooks.values():
+            module.register_forward_pre_hook(_tell, with_kwargs=True)
+
+
+def _tell(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {"task_ids": torch.arange(len(args[0]) if args[0].dim() else 1) % TASKS, **kwargs}
+
+
 METHODS = (
     Method(
         Variant(
@@ -58,6 +71,7 @@ METHODS = (
         ),
         _config,
         {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"},
+        after=_told,
         run=_run,
         layer=(
             "def layer(name):  # row i of its input belongs to task i mod 2",

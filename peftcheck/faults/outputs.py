@@ -125,4 +125,12 @@ FAULTS = (
         layers=("conv1d", "conv2d"),
         suits=_long,
     ),
+    Fault(
+        "forward.lost-layer",
+        "an adapter is missing from the first layer that it was asked for",
+        "huggingface/peft#2710: adapters on parameters that landed on others",
+        ("forward.targets",),
+        replacing(sites=lambda port, adapter: port.inner.sites(adapter)[1:]),
+        suits=_one,
+    ),
 )

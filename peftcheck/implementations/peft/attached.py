@@ -65,13 +65,18 @@ class PeftAttached:
                 module = module.base_layer
 
     def sites(self, adapter: str) -> tuple[str, ...]:
+        """Return the layers that hold a tensor of the adapter's own which its closed form names."""
         own: dict[str, list[int]] = {}
         for name, module in self._tuner_layers():
-            own.setdefault(name, []).extend(t.data_ptr() for _, t in _own(module, adapter, self.roles))
+            own.setdefault(name, []).extend(t.data_ptr() for t in self._named(module, adapter))
         # a bank or a projection that layers share hangs on each of them, adapted by this adapter or not
         seen = Counter(pointer for pointers in own.values() for pointer in set(pointers))
         alone = any(seen[pointer] == 1 for pointers in own.values() for pointer in pointers)
         return tuple(name for name, pointers in own.items() if any(seen[p] == 1 or not alone for p in pointers))
+
+    def _named(self, module: BaseTunerLayer, adapter: str) -> Iterator[Tensor]:
+        """Yield an adapter's tensors in a layer that the closed form knows: not what was put in their place."""
+        return (t for key, t in _own(module, adapter, self.roles) if not self.roles or key in self.roles)
 
     def base_tensors(self) -> dict[str, Tensor]:
         tensors = {}

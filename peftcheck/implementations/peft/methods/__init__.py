@@ -12,6 +12,7 @@ _FAMILIES = (
     "lora",
     "lora_inits",
     "lora_variants",
+    "lora_parameters",
     "loha",
     "lokr",
     "adalora",

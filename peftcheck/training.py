@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from peftcheck import models, values
 from peftcheck.case import EMBEDDINGS
 from peftcheck.oracle import Site, machine
-from peftcheck.rounding import Bounded, leaf, precision
+from peftcheck.rounding import DTYPES, Bounded, leaf, precision
 from peftcheck.stage import Stage
 
 # Gradients of a base near the ends of its dtype's range overflow or vanish by themselves; a cancelling base is
 # changed after attaching, so that a start which was cut out of the base no longer fits it.
 UNTRAINED = frozenset({"huge", "subnormal", "graded", "cancelling"})
 _STEP = 2.0**-4  # the largest element of a step: small beside generic values, far above the roundoff of bfloat16
-_NUDGE = 2.0**-10  # how far a tensor is moved to see whether a closed form depends on it
+_NUDGE = 2.0**-24  # how far a tensor is moved to see whether a closed form depends on it: too little to change a choice
 
 
 def start_fresh(stage: Stage) -> None:
@@ -38,14 +38,19 @@ def fresh_site(stage: Stage, index: int, name: str) -> Site:
     """Return a fresh adapter on a layer, each tensor with one rounding to its storage: the exact start is that near."""
     site = stage.site_of(index, name, stage.fresh[stage.case.adapters[index].name])
     dtypes = {role: t.dtype for (where, role), t in stage.fresh[site.adapter.name].items() if where == name}
-    return replace(site, tensors={role: stored(t, dtypes[role]) for role, t in site.tensors.items()})
+    return replace(site, tensors={role: stored(stage, t, dtypes[role]) for role, t in site.tensors.items()})
 
 
-def stored(tensor: Bounded, dtype: torch.dtype) -> Bounded:
-    """Return a tensor with the bound of one rounding to `dtype`; integers and zeros are exact."""
+def stored(stage: Stage, tensor: Bounded, dtype: torch.dtype) -> Bounded:
+    """Return a tensor with the bound of one rounding of its start; integers and zeros are exact.
+
+    A start may have been computed in the base's dtype before it was stored in its own, and decompositions are carried
+    out in single precision, whatever the model's: the coarsest of the three.
+    """
     if not dtype.is_floating_point or not bool(tensor.value.any()):
         return tensor
-    return tensor.widened(precision(dtype).roundoff * tensor.value.abs())
+    coarsest = max(precision(one).roundoff for one in (dtype, DTYPES[stage.case.sweep.dtype], torch.float32))
+    return tensor.widened(coarsest * tensor.value.abs())
 
 
 def feeds(stage: Stage, rows: int = 8) -> dict[str, Tensor]:
@@ -53,7 +58,8 @@ def feeds(stage: Stage, rows: int = 8) -> dict[str, Tensor]:
     found = models.inputs(replace(stage.case, batch=(rows,), profile="normal"))
     for spec in stage.case.layers:
         if spec.kind in EMBEDDINGS:  # a padding row has no gradient: look up the others too
-            found[spec.name] = torch.arange(max(rows, spec.n_in)) % spec.n_in
+            ids = torch.tensor([i for i in range(spec.n_in) if i != spec.padding_idx or spec.n_in == 1])
+            found[spec.name] = ids.repeat(-(-rows // len(ids)))
     return found
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from peftcheck.implementation import Op
 from peftcheck.law import law
 from peftcheck.laws.plain import forward_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle.layers import layer_output
+from peftcheck.rounding import leaf
 from peftcheck.stage import Stage
 from peftcheck.training import UNTRAINED, backward, descend, feeds, fresh_site, matters, parameters, start_fresh, stored
 
@@ -48,12 +50,13 @@ def identity_at_init(stage: Stage) -> Measurement | None:
             continue
         base, x = stage.base(spec.name), stage.activation(spec.name, stage.inputs[spec.name])
         if stage.variant.rewrites_base:
-            base = {key: stored(t, stage.start[f"{spec.name}.{key}"].dtype) for key, t in base.items()}
+            base = {key: stored(stage, t, stage.start[f"{spec.name}.{key}"].dtype) for key, t in base.items()}
         sites = [fresh_site(stage, index, spec.name) for index in stage.adapters_on(spec.name)]
         adapted = stage.formula.forward(stage.machine, sites, base, x)
-        plain = layer_output(stage.machine.base, spec, base, x)
-        if stage.sound(adapted, plain):
-            budget = adapted.bound + plain.bound
+        plain = layer_output(stage.machine.base, spec, {key: leaf(stage.pristine[f"{spec.name}.{key}"]) for key in base}, x)
+        if stage.sound(plain):
+            # a start at 0 / 0, which the library keeps clear of, has no bound: the plain layer's is what is left
+            budget = (adapted.bound if stage.sound(adapted) else plain.bound) + plain.bound
             found.append(compare(f"{spec.name}:output", output, stage.pristine_outputs[spec.name], budget))
     return worst(found) if found else None
 
@@ -103,7 +106,8 @@ def live_gradients(stage: Stage) -> Measurement | None:
 def _trained(stage: Stage) -> list[tuple[str, str, int, int]]:
     """Return site, role, adapter index and id of every trained tensor with elements."""
     found = []
-    for index, name in enumerate(stage.names):
+    # of a base that attaching rewrites a second adapter starts from what the first one left, which may be nothing
+    for index, name in enumerate(stage.names[:1] if stage.variant.rewrites_base else stage.names):
         held = stage.attached.adapter_tensors(name)
         own = sorted(stage.attached.trainable(name))
         found += [(site, role, index, id(held[site, role])) for site, role in own if held[site, role].numel()]
@@ -146,7 +150,8 @@ def base_frozen(stage: Stage) -> Measurement | None:
             found.append(broken(role, "gradient", "a gradient accumulates in the base"))
     for name in stage.names:
         for (site, role), tensor in stage.attached.adapter_tensors(name).items():
-            if (site, role) not in trained if name == active else id(tensor) not in shared:
+            running = not isinstance(tensor, nn.Parameter)  # a buffer that a forward in training may update
+            if (site, role) not in trained and not running if name == active else id(tensor) not in shared:
                 label = f"{site}:{role} of {'the active' if name == active else 'an inactive'} adapter"
                 found.append(identical(label, tensor, stage.start_adapters[name][site, role], "trained"))
     return worst(found)

@@ -133,7 +133,10 @@ def _seeded(stage: Stage, seed: int) -> dict[str, Tensor]:
     "rows computed by the adapter of another row; names of adapters that a layer lacks",
 )
 def mixed_batch(stage: Stage) -> Measurement | None:
-    """Run a batch with an adapter per row, in an order that comes back to the first, and judge row by row."""
+    """Run a batch with an adapter per row, in an order that comes back to the first, and judge row by row.
+
+    What an adapter adds to its rows is cast to the dtype of the output that it is put into: one rounding of the change.
+    """
     if not stage.outputs_count or _experts(stage):
         return None
     if not forward_holds(stage):
@@ -148,7 +151,9 @@ def mixed_batch(stage: Stage) -> Measurement | None:
             own = [row for row, name in enumerate(rows) if name == adapter]
             form = _of_rows(stage, spec, adapter, inputs[spec.name][own])
             if stage.sound(form):
-                budget = judged(form, machine=stage.machine.base.store)
+                plain = _of_rows(stage, spec, BASE, inputs[spec.name][own])
+                change = (form.value - plain.value).abs() + form.bound
+                budget = judged(form, machine=stage.machine.base.store) + stage.machine.base.store.roundoff * change * stage.machine.mixed
                 role = f"{spec.name}:row of {'the base' if adapter == BASE else 'an adapter'}"
                 found.append(compare(role, output[own], form.value, budget))
     return worst(found) if found else None

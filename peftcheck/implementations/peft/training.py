@@ -38,18 +38,20 @@ _UNDROPPED = frozenset({"mha", "parameter"})  # PEFT declares that it refuses lo
 _MIX = frozenset({"lora", "glora", "road"})
 # where PEFT documents that a fresh adapter is not the identity
 _STARTS: Mapping[str, str] = {
+    "lora.kasa": "KasaConfig: the r smallest components of the base are discarded",
+    "deft.para": "DeftConfig.para: pure subspace removal, no injection that makes up for it at the start",
+    "deft.para.qr": "DeftConfig.para: pure subspace removal, no injection that makes up for it at the start",
     "c3a": "C3AConfig.init_weights: the default is 'xavier_uniform'",
     "fourierft": "FourierFTConfig.init_weights: by default False, a standard normal spectrum",
     "unilora": "UniLoraConfig.init_theta_d_bound: zeros are avoided for the sake of the gradients",
     "vblora": "VBLoRAConfig.init_vector_bank_bound: zeros are avoided for the sake of the gradients",
 }
 _STARTS_WHEN: Mapping[str, tuple[str, Callable[[AdapterSpec], bool]]] = {
-    "deft": ("DeftConfig.para: the adapter cannot be an identity at init", lambda a: bool(a.option("para"))),
     "hra": ("HRAConfig.r: with an odd r the default initialization does not work", lambda a: a.rank % 2 == 1),
     "miss": ("MissConfig.init_weights: False leaves random values", lambda a: a.option("init") is False),
 }
-_SAMPLES = frozenset({"pvera", "poly"})  # the gates of Poly are relaxed Bernoulli variables in training
-# where dropout acts on a part of the change only: the low-rank one, the part put in
+_SAMPLES = frozenset({"pvera", "poly", "lora.monteclora"})  # the gates of Poly are relaxed Bernoulli variables
+# where dropout acts on a part of the change only: the roles of that part
 _DROPPED: Mapping[str, frozenset[str]] = {
     "supertuning.lora": frozenset({"B"}),
     "deft": frozenset({"R"}),
@@ -62,12 +64,12 @@ def trained(method: Method) -> Method:
     own = method.variant
     options = _dropouts(own.name)
     family = own.name.partition(".")[0]
-    starts, when = _STARTS_WHEN.get(family, (_STARTS.get(family, ""), None))
+    starts, when = _STARTS_WHEN.get(family, (_STARTS.get(own.name) or _STARTS.get(family, ""), None))
     variant = replace(
         own,
         starts=starts,
         starts_when=when,
-        samples=family in _SAMPLES,
+        samples=own.name in _SAMPLES,
         dropped=_DROPPED.get(own.name, frozenset()),
         options={**own.options, **options},
         undropped=_UNDROPPED,

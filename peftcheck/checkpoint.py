@@ -105,10 +105,10 @@ def trained(stage: Stage) -> frozenset[str]:
     return frozenset(role for name in stage.names for _, role in stage.attached.trainable(name))
 
 
-def declared(stage: Stage, name: str) -> int:
-    """Return the bytes of an adapter's trained tensors and of those that its variant declares, each storage once."""
+def declared(stage: Stage, name: str, besides: bool = True) -> int:
+    """Return the bytes of an adapter's trained tensors and (besides) of those that its variant declares, each once."""
     adapter = next(one for one in stage.case.adapters if one.name == name)
-    roles = trained(stage) | stage.variant.keeps(adapter)
+    roles = trained(stage) | (stage.variant.keeps(adapter) if besides else frozenset())
     held = {t.data_ptr(): t.nbytes for (_, role), t in stage.attached.adapter_tensors(name).items() if role in roles}
     return sum(held.values())
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from importlib import metadata
 from typing import Any
 
-from peftcheck import engine, record, repro, shrink
+from peftcheck import checkpoint_table, engine, record, repro, shrink
 from peftcheck.case import decode, encode
 from peftcheck.implementation import Implementation
-from peftcheck.record import CellRecord, DefectRecord, LedgerRecord, Record, Worst
+from peftcheck.record import CellRecord, DefectRecord, LedgerRecord, Record, Table, Worst
 from peftcheck.session import Session
 from peftcheck.watchdog import CASE_SECONDS, interrupt
 
@@ -52,7 +52,15 @@ def assemble(session: Session, results: dict[str, dict], expected: Sequence[str]
         defects=defects(plain),
         ledger=_ledger(session, plain),
         totals=record.totals(cells),
+        measurements=_checkpoints(session, cells),
     ), frozenset(unvouched)
+
+
+def _checkpoints(session: Session, cells: Sequence[CellRecord]) -> tuple[Table, ...]:
+    """Return what checkpoints hold, in a run that asked for it."""
+    asked = any(cell.law == "state.checkpoint_size" for cell in cells)
+    table = checkpoint_table.table(session.implementation) if asked else None
+    return (table,) if table is not None else ()
 
 
 def environment() -> dict[str, Any]:

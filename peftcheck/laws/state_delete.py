@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -112,5 +113,9 @@ def _anew(
         for key, old in kept.items():
             new[key].copy_(old)
     stage.attached.activate(stage.names)
-    found.append(same_outputs(stage, stage.attached, first, "of an adapter added again"))
-    return worst(found)
+    runs = same_outputs(stage, stage.attached, first, "of an adapter added again")
+    if not runs.holds:
+        stage.attached.train(stage.case.train)
+        if same_outputs(stage, stage.attached, first, "").holds:
+            runs = replace(runs, symptom="added in training mode", note="the new adapter trains in a model that does not")
+    return worst([*found, runs])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peftcheck import checkpoint, engine, generator
+from peftcheck import checkpoint, checkpoint_table, engine, generator
 from peftcheck.case import Case, Sweep
 from peftcheck.faults import FAULTS, Faulty
 from peftcheck.faults.matrix import suitable
@@ -135,3 +135,16 @@ def test_a_faulty_implementation_reloads_through_the_fault() -> None:
 def test_descriptions_are_read_as_json(tmp_path) -> None:
     (tmp_path / "a.json").write_text(json.dumps({"rank": 1}))
     assert checkpoint.descriptions(tmp_path) == {"a.json": {"rank": 1}}
+
+
+def test_the_table_has_a_row_for_each_variant_and_the_reference_stores_nothing_but_what_it_trains() -> None:
+    found = checkpoint_table.table(REFERENCE)
+    assert {row[0] for row in found.rows} == set(REFERENCE.variants())
+    assert {len(row) for row in found.rows} == {len(found.columns)}
+    assert {row[-1] for row in found.rows} == {1.0}
+    assert found == checkpoint_table.table(REFERENCE)
+
+
+def test_the_table_shows_what_is_stored_besides() -> None:
+    fault = next(one for one in FAULTS if one.name == "checkpoint.per-layer")
+    assert {row[-1] for row in checkpoint_table.table(Faulty(REFERENCE, fault)).rows} == {2.0}

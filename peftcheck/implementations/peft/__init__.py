@@ -69,20 +69,30 @@ class Peft:
         return attached
 
     def reload(self, model: nn.Module, case: Case, folders: Mapping[str, Path]) -> PeftAttached:
-        """Attach saved adapters to a pristine model: `PeftModel.from_pretrained`, then `load_adapter`."""
-        method = METHODS[case.sweep.variant]
-        names = [spec.name for spec in case.layers]
+        """Attach saved adapters to a pristine model: `PeftModel.from_pretrained`, then `load_adapter`.
 
-        def config(adapter: AdapterSpec):
-            return method.config(adapter, [case.layers[target].name for target in adapter.targets])
+        What the user must do to a model before attaching (find its activations, say), is done before loading too.
+        """
+        method = METHODS[case.sweep.variant]
+        names = models.holders(model) if case.whole else [spec.name for spec in case.layers]
+        adapters = {adapter.name: adapter for adapter in case.adapters}
+
+        def config(name: str):
+            own = adapters[name]
+            return as_users_write(method.config(own, [case.layers[target].name for target in own.targets]), case, own)
+
+        def add(model: PeftModel, adapter: AdapterSpec) -> None:
+            model.add_adapter(adapter.name, config(adapter.name), autocast_adapter_dtype=autocast)
 
         first, *others = folders
         autocast = case.adapter_dtype != case.sweep.dtype
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            method.before(model, config(first), first, case)
             wrapped = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first, autocast_adapter_dtype=autocast)
-            attached = PeftAttached(wrapped, names, method.roles, config, autocast)
+            attached = PeftAttached(wrapped, names, method.roles, add, autocast, None, method.run, case.whole)
             for name in others:
+                method.before(wrapped.base_model.model, config(name), name, case)
                 attached.load(folders[name], name)
             if others:
                 attached.activate(tuple(folders))

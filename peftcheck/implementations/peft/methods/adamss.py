@@ -6,7 +6,7 @@ from peft import AdamssConfig
 
 from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
-from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.method import Method, keeping
 
 _MOST = 3
 ROLES = {
@@ -38,6 +38,7 @@ _ADAMSS = Method(
         frozenset({"linear"}),
         options={"subspaces": (1, 2, _MOST), "inner": (1, 2, 3), "dynamic": (False, False, True)},
         claim=claim,
+        keeps=keeping("basis"),
         package="sklearn",
         avoids=frozenset({"huge"}),  # decomposed in single precision when attached
     ),

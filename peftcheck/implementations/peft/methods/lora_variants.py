@@ -12,7 +12,7 @@ from peft.tuners.lora import config as configurations
 
 from peftcheck.case import EMBEDDINGS, AdapterSpec, LayerSpec
 from peftcheck.implementation import Variant
-from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.method import Method, keeping
 from peftcheck.implementations.peft.methods.lora import ROLES, claim, configured, no_wider
 from peftcheck.implementations.peft.methods.lora_inits import BOTH, SINGLE
 from peftcheck.implementations.peft.methods.shira import two_wide
@@ -69,6 +69,7 @@ def _methods() -> dict[str, Method]:
             "lora.velora",
             _given("velora_config", "VeloraConfig", lambda adapter, _: {"num_groups": adapter.option("groups")}),
             {"lora_velora_embed": "embed"},
+            keeps=keeping("embed"),
             options={"groups": (1, 3, 64), **_RSLORA},
         ),
         "monteclora_config": _method(
@@ -76,6 +77,7 @@ def _methods() -> dict[str, Method]:
             "lora.monteclora",
             _given("monteclora_config", "MontecloraConfig", lambda adapter, _: {"num_samples": 2, "buffer_size": 2}),
             {},
+            keeps=keeping("lora_monteclora_sampler.gaussian_var_prior", "lora_monteclora_sampler.expert_weights"),
         ),
         "kasa_config": _method(
             "lora.kasa",
@@ -101,7 +103,7 @@ def _methods() -> dict[str, Method]:
 
 
 def _mica() -> Method:
-    return _method("lora.mica", "lora", configured(init_lora_weights="mica"), {}, layers=BOTH.union(EMBEDDINGS), fit=no_wider, dtypes=SINGLE)
+    return _method("lora.mica", "lora", configured(init_lora_weights="mica"), {}, layers=BOTH.union(EMBEDDINGS), fit=no_wider, dtypes=SINGLE, keeps=keeping("B"))
 
 
 METHODS = (

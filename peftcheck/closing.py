@@ -13,7 +13,7 @@ from typing import Any
 from peftcheck import checkpoint_table, engine, record, repro, shrink
 from peftcheck.case import decode, encode
 from peftcheck.implementation import Implementation
-from peftcheck.record import CellRecord, DefectRecord, LedgerRecord, Record, Table, Worst
+from peftcheck.record import CellRecord, DefectRecord, LedgerRecord, QuantizedRecord, Record, Table, Worst
 from peftcheck.session import Session
 from peftcheck.watchdog import CASE_SECONDS, interrupt
 
@@ -53,6 +53,7 @@ def assemble(session: Session, results: dict[str, dict], expected: Sequence[str]
         ledger=_ledger(session, plain),
         totals=record.totals(cells),
         measurements=_checkpoints(session, cells),
+        quantized=tuple(QuantizedRecord(**one["quantized"]) for one in plain if one["quantized"]),
     ), frozenset(unvouched)
 
 
@@ -93,6 +94,7 @@ def _missing(session: Session, name: str, died: bool) -> dict[str, Any]:
         "seconds": 0.0,
         "message": text,
         "harness": not died,
+        "quantized": None,
         "failures": [],
     }
 

@@ -15,6 +15,7 @@ from peftcheck.record import (
     DefectRecord,
     FaultRecord,
     LedgerRecord,
+    QuantizedRecord,
     Record,
     severity,
     some,
@@ -69,6 +70,7 @@ def join(records: Sequence[Record]) -> Record:
         ledger=_grouped([record.ledger for record in records], "id", _joined_entry),
         faults=_grouped([record.faults for record in records], "name", _joined_fault),
         measurements=_distinct(table for record in records for table in record.measurements),
+        quantized=_first_of_each(one for record in records for one in record.quantized),
     )
 
 
@@ -120,6 +122,14 @@ def _joined_entry(entries: list[LedgerRecord]) -> LedgerRecord:
 def _joined_fault(faults: list[FaultRecord]) -> FaultRecord:
     laws = tuple(sorted({law for fault in faults for law in fault.laws_killing}))
     return replace(faults[0], laws_killing=laws, killed=any(fault.killed for fault in faults))
+
+
+def _first_of_each(found: Iterable[QuantizedRecord]) -> tuple[QuantizedRecord, ...]:
+    """Keep one row for each quantizer and method: shards on different processors may differ in the last digit."""
+    rows: dict[tuple[str, str], QuantizedRecord] = {}
+    for one in found:
+        rows.setdefault((one.quantizer, one.variant), one)
+    return tuple(rows[key] for key in sorted(rows))
 
 
 def _agreed(parts: list[dict[str, Any]]) -> dict[str, Any]:

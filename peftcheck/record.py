@@ -124,6 +124,28 @@ class Table:
 
 
 @dataclass(frozen=True)
+class QuantizedRecord:
+    """State what one merge into quantized weights cost, in root mean squares over the elements of one layer.
+
+    `weight` and `delta` are sizes; `step` is twice what rounding to the grid may cost at an element, `unavoidable` what
+    it costs on the average, `cost` how far the merge was off. Of a delta a tenth of the step: `kept` is the share
+    of it that the merge moved along it, `cosine` the direction's, `changed` the share of codes that moved at all;
+    null where the method has no such delta.
+    """
+
+    quantizer: str
+    variant: str
+    weight: float
+    step: float
+    delta: float
+    unavoidable: float
+    cost: float
+    kept: float | None
+    cosine: float | None
+    changed: float | None
+
+
+@dataclass(frozen=True)
 class Implementation:
     """Name the library under test."""
 
@@ -149,6 +171,7 @@ class Record:
     totals: dict[str, int]
     faults: tuple[FaultRecord, ...] = ()
     measurements: tuple[Table, ...] = ()
+    quantized: tuple[QuantizedRecord, ...] = ()
 
 
 def headroom(ratio: float | None) -> float | None:
@@ -274,6 +297,8 @@ def check(record: Record) -> None:
                 raise Mismatch(
                     f"defect {defect.fingerprint!r:.120} names the cell {key!r:.120}, which is not there"
                 )
+    if len({(one.quantizer, one.variant) for one in record.quantized}) != len(record.quantized):
+        raise Mismatch("a quantizer and method has two rows of what a merge costs")
     for table in record.measurements:
         if any(len(row) != len(table.columns) for row in table.rows):
             raise Mismatch(f"a row of the table {table.title!r:.120} does not fit its columns")
@@ -299,6 +324,7 @@ def comparable(record: Record) -> dict[str, Any]:
         entry["cells"] = sorted(entry["cells"])
     for fault in value["faults"]:
         fault["laws_killing"] = sorted(fault["laws_killing"])
+    value["quantized"].sort(key=lambda one: (one["quantizer"], one["variant"]))
     value["defects"].sort(key=lambda defect: defect["fingerprint"])
     value["ledger"].sort(key=lambda entry: entry["id"])
     value["faults"].sort(key=lambda fault: fault["name"])

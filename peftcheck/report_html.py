@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from peftcheck import escape, summary
+from peftcheck import escape, report_quantized, summary
 from peftcheck.record import STATUSES, CellRecord, DefectRecord, Record
 from peftcheck.summary import Fold, Row, number
 
@@ -121,6 +121,9 @@ def render(record: Record) -> str:
             by_sweep=summary.by_sweep(record),
             first_sweeps=_first_sweeps(record),
             killers=_killers(record),
+            quantized=report_quantized.table(record),
+            quantized_lead=report_quantized.LEAD,
+            quantized_sentences=report_quantized.sentences(record),
             signs=SIGNS,
             meanings=MEANINGS,
             statuses=STATUSES,

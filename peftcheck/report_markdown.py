@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peftcheck import escape, summary
+from peftcheck import escape, report_quantized, summary
 from peftcheck.escape import code, markdown
 from peftcheck.record import DefectRecord, LedgerRecord, Record, Table
 from peftcheck.summary import count, number
@@ -73,6 +73,10 @@ def _parts(record: Record) -> Iterable[str]:
                 for fault in record.faults
             ),
         )
+    quantized = report_quantized.table(record)
+    if quantized:
+        said = "\n".join(f"- {_short(text)}" for text in report_quantized.sentences(record))
+        yield f"{_measurement(quantized)}\n\n{said}"
     yield from map(_measurement, record.measurements)
     yield "### Environment\n\n" + _table(
         ("", ""), ((markdown(key), _short(value)) for key, value in sorted(record.environment.items()))

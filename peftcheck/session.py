@@ -88,6 +88,7 @@ class Verdict:
             "issue": lead["issue"] if lead else next(iter(self.listed), None),
             "message": self.message or (lead["message"] if lead else result.message),
             "harness": self.harness,
+            "quantized": None if result.quantized is None else asdict(result.quantized),
             "failures": failures,
         }
 

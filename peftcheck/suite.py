@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
 
-from peftcheck import engine, generator, quantizers, transformer_models
+from peftcheck import engine, generator, quantized_cost, quantizers, transformer_models
 from peftcheck.case import MODELS, SUBJECTS, Case, Sweep, encode
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.generator_combine import combination_case
@@ -17,38 +17,11 @@ from peftcheck.law import Law
 from peftcheck.measurement import Measurement
 from peftcheck.oracle import FORMULAS
 from peftcheck.outcome import ERROR, SKIP, Outcome
+from peftcheck.record import QuantizedRecord
 from peftcheck.rounding import DTYPES
+from peftcheck.selection import PROFILES, Filters, Profile
 
 _PROBES = 40  # cases drawn, not built, to learn what the library claims on a sweep
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How far a run searches: cases per cell in the exact regime and outside, and tries to find them.
-
-    `leaves`: the groups of laws, and single ones, that it runs only where a filter asks for them; `model_dtypes`: in
-    which dtypes it runs whole models where no filter asks for others.
-    """
-
-    name: str
-    exact: int
-    native: int
-    tries: int
-    leaves: frozenset[str] = frozenset()
-    model_dtypes: tuple[str, ...] = ("float32", "bfloat16")
-
-    def takes(self, cell: Cell, filters: Filters) -> bool:
-        """Return whether the profile runs a cell that the filters admit."""
-        if not filters.law and {cell.law, cell.law.partition(".")[0]} & self.leaves:
-            return False
-        return bool(filters.dtype) or cell.sweep.layer not in MODELS or cell.sweep.dtype in self.model_dtypes
-
-
-PROFILES = {
-    "quick": Profile("quick", 1, 1, 48, frozenset({"combine", "quantize", "forward.compiled"}), ("float32",)),
-    "full": Profile("full", 6, 14, 120),
-    "nightly": Profile("nightly", 20, 60, 480),
-}
 
 
 @dataclass(frozen=True)
@@ -93,28 +66,7 @@ class CellResult:
     words: str | None = None
     failures: tuple[Failure, ...] = ()
     message: str | None = None
-
-
-@dataclass(frozen=True)
-class Filters:
-    """Globs that select cells; an empty tuple selects everything."""
-
-    law: tuple[str, ...] = ()
-    variant: tuple[str, ...] = ()
-    layer: tuple[str, ...] = ()
-    dtype: tuple[str, ...] = ()
-    quantizer: tuple[str, ...] = ()
-    kind: tuple[str, ...] = ()
-
-    def admits(self, cell: Cell) -> bool:
-        """Return whether the cell passes every filter."""
-        values = (cell.law, cell.sweep.variant, cell.sweep.layer, cell.sweep.dtype, cell.sweep.quantizer, cell.kind)
-        patterns = (self.law, self.variant, self.layer, self.dtype, self.quantizer, self.kind)
-        return all(_matches(value, wanted) for value, wanted in zip(values, patterns, strict=True))
-
-
-def _matches(value: str | None, patterns: tuple[str, ...]) -> bool:
-    return not patterns or any(fnmatchcase(value or "none", pattern) for pattern in patterns)
+    quantized: QuantizedRecord | None = None
 
 
 def validated(filters: Filters, implementation: Implementation, laws: Sequence[Law]) -> Filters:
@@ -174,6 +126,9 @@ def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
     return (Cell(law.name, sweep),)
 
 
+_NOT_RUN = CellResult(Cell("", Sweep("", "", "", "")), "absent")
+
+
 class Walk:
     """One walk of a sweep over its cases, all its laws together.
 
@@ -212,6 +167,8 @@ class Walk:
             return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}
         if self.sweep.layer in MODELS and (message := transformer_models.missing(self.sweep.layer)):
             return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}
+        if self.sweep.quantizer is not None:
+            quantizers.load(self.sweep.quantizer)  # what a library does when it is imported is no part of a case
         if self.sweep.layer not in self.variant.layers or "quantize.refuses" in self.laws:
             return {name: self._refusal(name) for name in self.laws}
         results: dict[str, CellResult] = {}
@@ -225,7 +182,16 @@ class Walk:
             else:
                 results[name] = CellResult(cell, *idle)
         self._visit(open_laws)
-        return results | {name: tally.result() for name, tally in open_laws.items()}
+        results |= {name: tally.result() for name, tally in open_laws.items()}
+        name = "quantize.merge_budget"
+        if self.sweep.quantizer is not None and self.sweep.dtype == "float32" and results.get(name, _NOT_RUN).state == "ran":
+            results[name] = replace(results[name], quantized=self._cost())
+        return results
+
+    def _cost(self) -> QuantizedRecord | None:
+        """Return what a merge costs here, for the report."""
+        with self.watch(self._draw(0, False), "cost"), engine.pinned():
+            return quantized_cost.measure(self.implementation, self.sweep)
 
     def _draw(self, index: int, exact: bool) -> Case:
         if self.kind is None:
@@ -372,3 +338,6 @@ class _Tally:
 
 def _beyond(ratio: float, than: float) -> bool:
     return ratio != ratio or ratio > than
+
+
+__all__ = ["PROFILES", "Cell", "CellResult", "Failure", "Filters", "Profile", "Walk", "cells", "validated"]

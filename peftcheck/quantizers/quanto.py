@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from optimum.quanto import freeze, qint4, qint8
+from optimum.quanto.library.extensions import get_extension
 from optimum.quanto.nn import QLinear
 from torch import Tensor, nn
 
 from peftcheck.budgets import quantized
 from peftcheck.rounding import Bounded, Precision, precision
+
+def _unpacked(packed: Tensor, bits: int) -> Tensor:
+    """Return the codes of `bits` bits: first all that lie in the low bits of each byte."""
+    return torch.cat([(packed >> bits * i) & (2**bits - 1) for i in range(8 // bits)])
+
+
+# Reading int4 codes would first compile quanto's C++ form of this: a minute, a compiler, and a lock that an interrupted
+# build leaves behind.
+get_extension("quanto_cpp")._lib = SimpleNamespace(unpack=_unpacked)
 
 
 def _group(columns: int) -> int:

@@ -351,3 +351,37 @@ def test_claims_cover_every_declared_quantizer(peft) -> None:
         if variant.quantizers:
             assert set(variant.quantizers) == set(quantizers.DECLARED), name
             assert set(variant.quantizers.values()) <= {Claim.YES, Claim.REFUSES}
+
+
+def test_quick_takes_two_quantizers_and_any_that_is_asked_for(peft) -> None:
+    found = suite.cells(peft, laws(), suite.Filters(variant=("lora",)))
+    quick, full = suite.PROFILES["quick"], suite.PROFILES["full"]
+
+    def taken(profile: suite.Profile, **filters: tuple[str, ...]) -> set[str | None]:
+        wanted = suite.Filters(**filters)
+        return {c.sweep.quantizer for c in found if wanted.admits(c) and profile.takes(c, wanted)}
+
+    assert taken(quick) == {None, "bitsandbytes.int8", "bitsandbytes.nf4"}
+    assert taken(quick, quantizer=("hqq.*",)) == {"hqq.8", "hqq.4", "hqq.2"}
+    assert taken(quick, law=("quantize.drift",)) >= {"torchao.int8", "bitsandbytes.fp4"}
+    assert taken(full) == {None, *quantizers.DECLARED}
+
+
+def test_an_overflow_that_a_wider_dtype_holds_is_none(peft) -> None:
+    """A float32 adapter turns a half-precision 4-bit layer into float32: what is finite there was not to be refused."""
+    found = []
+    for index in range(12):
+        case = case_of(peft, "lora", "bitsandbytes.fp4", "float16", index)
+        poison = replace(case.poison, value="overflow")
+        case = replace(case, poison=poison, profile="normal", adapter_dtype="float32", safe=True)
+        (outcome,) = engine.check(peft, case, laws("quantize.rejects"))
+        found.append(outcome.failed)
+    assert not any(found)
+
+
+def test_gradients_of_large_outputs_are_no_overflow_of_the_law(peft) -> None:
+    for index in range(6):
+        case = replace(case_of(peft, "lora", "bitsandbytes.nf4", "float16", index), profile="normal")
+        case = replace(case, adapters=tuple(replace(a, alpha=64.0 * a.rank) for a in case.adapters))
+        (outcome,) = engine.check(peft, case, laws("quantize.backward"))
+        assert not outcome.failed, outcome.message

@@ -16,7 +16,7 @@ from sample_record import cell, defect, record, sample
 
 from peftcheck import escape, report, report_html, report_index, report_junit, report_markdown, summary
 from peftcheck.errors import UsageError
-from peftcheck.record import FaultRecord, LedgerRecord, Table, Worst, dumps, totals, write
+from peftcheck.record import FaultRecord, LedgerRecord, QuantizedRecord, Table, Worst, dumps, totals, write
 
 EVIL = (
     "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'` | @all #12 [x](javascript:alert(3))\n"
@@ -68,6 +68,7 @@ def evil_record():
         ledger=(LedgerRecord(ODD, ODD, ODD, ODD, ODD, "data:text/html,x", ODD, (ODD,), (one.id,)),),
         faults=(FaultRecord(ODD, ODD, "javascript:alert(6)", (ODD,), True), FaultRecord("b", ODD, ODD, (), False)),
         measurements=(Table(ODD, (ODD, "n"), ((ODD, math.nan),), ODD),),
+        quantized=(QuantizedRecord(ODD, ODD, 1.0, 0.1, 0.5, 0.03, math.nan, None, math.inf, 0.0),),
     )  # fmt: skip
 
 

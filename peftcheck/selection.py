@@ -1,0 +1,68 @@
+"""Which cells a run takes: by the filters that it was given, and by its profile."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from peftcheck.case import MODELS
+
+if TYPE_CHECKING:
+    from peftcheck.suite import Cell
+
+
+@dataclass(frozen=True)
+class Filters:
+    """Globs that select cells; an empty tuple selects everything."""
+
+    law: tuple[str, ...] = ()
+    variant: tuple[str, ...] = ()
+    layer: tuple[str, ...] = ()
+    dtype: tuple[str, ...] = ()
+    quantizer: tuple[str, ...] = ()
+    kind: tuple[str, ...] = ()
+
+    def admits(self, cell: Cell) -> bool:
+        """Return whether the cell passes every filter."""
+        values = (cell.law, cell.sweep.variant, cell.sweep.layer, cell.sweep.dtype, cell.sweep.quantizer, cell.kind)
+        patterns = (self.law, self.variant, self.layer, self.dtype, self.quantizer, self.kind)
+        return all(_matches(value, wanted) for value, wanted in zip(values, patterns, strict=True))
+
+
+def _matches(value: str | None, patterns: tuple[str, ...]) -> bool:
+    return not patterns or any(fnmatchcase(value or "none", pattern) for pattern in patterns)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How far a run searches: cases per cell in the exact regime and outside, and tries to find them.
+
+    What it takes where no filter asks for more: all groups of laws and single laws but `leaves`; whole models in
+    `model_dtypes`; of the quantizers those that match `quantizers` (globs).
+    """
+
+    name: str
+    exact: int
+    native: int
+    tries: int
+    leaves: frozenset[str] = frozenset()
+    model_dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    quantizers: tuple[str, ...] = ("*",)
+
+    def takes(self, cell: Cell, filters: Filters) -> bool:
+        """Return whether the profile runs a cell that the filters admit."""
+        sweep = cell.sweep
+        if not filters.law and {cell.law, cell.law.partition(".")[0]} & self.leaves:
+            return False
+        if sweep.quantizer is not None and not (filters.law or filters.quantizer):
+            return _matches(sweep.quantizer, self.quantizers)
+        return bool(filters.dtype) or sweep.layer not in MODELS or sweep.dtype in self.model_dtypes
+
+
+_QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
+PROFILES = {
+    "quick": Profile("quick", 1, 1, 48, frozenset({"combine", "forward.compiled"}), ("float32",), _QUICK),
+    "full": Profile("full", 6, 14, 120),
+    "nightly": Profile("nightly", 20, 60, 480),
+}

@@ -21,7 +21,9 @@ from peftcheck.stage import Stage
 
 
 @dataclass(frozen=True)
-class _Poisoned:
+class Poisoned:
+    """One poisoned element: where it is, what is due of a safe merge, and the adapter's sites with it."""
+
     adapter: int
     site: str
     role: str
@@ -29,7 +31,7 @@ class _Poisoned:
     sites: dict[str, Site]
 
 
-def _administer(stage: Stage) -> _Poisoned | None:
+def administer(stage: Stage) -> Poisoned | None:
     """Poison one element of one tensor; 'overflow' exceeds what the quantizer can hold, not only the base's dtype."""
     poison = stage.case.poison
     adapter = poison.adapter % len(stage.names)
@@ -52,7 +54,7 @@ def _administer(stage: Stage) -> _Poisoned | None:
     refusing = next((site for site, verdict in verdicts.items() if verdict == "refuse"), None)
     tame = poison.value == "tame" and all(v == "accept" for v in verdicts.values())
     verdict = "refuse" if refusing else "accept" if tame else "open"
-    return _Poisoned(adapter, refusing or name, key[1], verdict, sites)
+    return Poisoned(adapter, refusing or name, key[1], verdict, sites)
 
 
 def _limit(stage: Stage) -> float:
@@ -73,7 +75,7 @@ def _verdict(limit: float, forms: Base) -> str:
 )
 def rejects(stage: Stage) -> Measurement | None:
     """Poison one tensor, merge safely, and compare the decision with the oracle's."""
-    poisoned = _administer(stage) if readable(stage) else None
+    poisoned = administer(stage) if readable(stage) else None
     if poisoned is None:
         return None
     name = stage.names[poisoned.adapter]
@@ -119,7 +121,7 @@ def _accepted(stage: Stage, where: str, what: str) -> Measurement | None:
 )
 def atomic(stage: Stage) -> Measurement | None:
     """Provoke a refusal and compare the raw tensors of the refusing layer with their clones."""
-    poisoned = _administer(stage) if placed(stage) else None
+    poisoned = administer(stage) if placed(stage) else None
     if poisoned is None or poisoned.verdict != "refuse":
         return None
     name = stage.names[poisoned.adapter]

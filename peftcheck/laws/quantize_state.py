@@ -224,16 +224,16 @@ def after_forward(stage: Stage) -> Measurement | None:
     with torch.no_grad():
         stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
     merge_all(stage)
-    forms: dict[str, Base | None] = {}
-    for name in stage.targeted:
-        base = stage.base(name)
-        if stage.case.sweep.quantizer.startswith("bitsandbytes.") and "int8" not in stage.case.sweep.quantizer:
-            base = {
-                **base,
-                "weight": base["weight"].widened(2.02 * precision(torch.bfloat16).u * base["weight"].value.abs()),
-            }
-        if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
-            continue
-        made = quantized.merged(stage.machine, stage.formula, stage.sites(name), base, rule(stage, coarser(stage)))
-        forms[name] = made if within(stage, made) else None
-    return judge(stage, forms)
+    return judge(stage, {name: expected_after_forward(stage, name) for name in stage.targeted})
+
+
+def expected_after_forward(stage: Stage, name: str) -> Base | None:
+    """Return the tensors that a merge after a forward changes, with their bounds; None where no formula says."""
+    base = stage.base(name)
+    if stage.case.sweep.quantizer.startswith("bitsandbytes.") and "int8" not in stage.case.sweep.quantizer:
+        room = 2.02 * precision(torch.bfloat16).u * base["weight"].value.abs()
+        base = {**base, "weight": base["weight"].widened(room)}
+    if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
+        return None
+    made = quantized.merged(stage.machine, stage.formula, stage.sites(name), base, rule(stage, coarser(stage)))
+    return made if within(stage, made) else None

@@ -11,15 +11,17 @@ from peftcheck import engine, models
 from peftcheck.case import Case, encode
 from peftcheck.implementation import Attached, Implementation
 from peftcheck.law import Law
+from peftcheck.laws import quantize_safe
 from peftcheck.laws.safe_merge import administer
 from peftcheck.measurement import NOTHING
 from peftcheck.outcome import Outcome
-from peftcheck.repro import bodies, merging, model, training
+from peftcheck.repro import bodies, merging, model, quantized, training
 from peftcheck.repro.scene import Scene, named
 from peftcheck.spelling import Speller, Spelling, text
 from peftcheck.stage import Stage, set_up
 
 MOST_LINES = 39
+_CODED = ("quantize.rejects", "quantize.atomic")
 _POISONED = ("safe_merge.rejects", "safe_merge.atomic", "safe_merge.all_or_nothing", "safe_merge.names")
 
 
@@ -33,10 +35,10 @@ def standalone(implementation: Implementation, case: Case, law: Law) -> str | No
 
     It builds the model, attaches by the library's public API, writes every tensor, does what the law does, prints
     found, expected and difference, and exits 1 if the defect shows, 0 if not. Expected values that come from the
-    closed form stand in it as literals. None: the case does not fail, the implementation spells nothing, the base
-    is quantized, the law or its symptom is not covered.
+    closed form stand in it as literals. None: the case does not fail, the implementation spells nothing, the
+    law or its symptom is not covered. A quantizer is imported too, where the base is quantized.
     """
-    if not isinstance(implementation, Speller) or case.sweep.quantizer is not None:
+    if not isinstance(implementation, Speller):
         return None
     (outcome,) = engine.check(implementation, case, [law])
     if not outcome.failed:
@@ -52,30 +54,34 @@ def _lines(implementation: Implementation, case: Case, law: Law, outcome: Outcom
     try:
         stage = set_up(implementation, case)
     except Exception:
-        if outcome.measurement is not None:
+        refused = outcome.measurement is not None and quantized.crashed(outcome.measurement.symptom)
+        if outcome.measurement is not None and not refused:
             raise  # it could be set up just now
         start = dict(models.build(case).named_parameters(remove_duplicate=False))
-        act = _guarded(say.attach, outcome)
+        act = _guarded(say.attach, outcome, refused or None)
         return _assembled(implementation, case, law, say, start, [], act, [])
     poisoned = administer(stage) if law.name in _POISONED else None
+    if law.name in _CODED:
+        poisoned = quantize_safe.administer(stage)
     found = outcome.measurement or NOTHING
     scene = Scene(stage, say, found, poisoned)
     adapters = [] if law.name in training.FRESH else _adapters(stage, say.root(stage.attached))
     if adapters is None:
         return None
     if outcome.measurement is None:
-        act = bodies.steps(scene, law.name)
+        act = (quantized if case.sweep.quantizer else bodies).steps(scene, law.name)
         body = None if act is None else _guarded(act, outcome)
     else:
-        body = bodies.BODIES.get(law.name, lambda scene: None)(scene)
+        known = {**bodies.BODIES, **quantized.BODIES}
+        body = known.get(law.name, lambda scene: None)(scene)
     if body is None:
         return None
     return _assembled(implementation, case, law, say, stage.pristine, adapters, list(say.attach), body)
 
 
-def _guarded(act: Sequence[str], outcome: Outcome) -> list[str]:
+def _guarded(act: Sequence[str], outcome: Outcome, kind: str | None = None) -> list[str]:
     """Return lines that exit 1 if the act ends in the same kind of error."""
-    kind = outcome.message.partition(":")[0]
+    kind = kind or outcome.message.partition(":")[0]
     return [
         "try:",
         *model.indented(act),
@@ -105,7 +111,7 @@ def _adapters(stage: Stage, root: torch.nn.Module) -> list[tuple[str, Tensor]] |
                     return None
                 continue
             found[names[id(tensor)]] = tensor.detach().clone()
-    for key, tensor in attached.base_tensors().items():
+    for key, tensor in attached.base_tensors().items() if stage.case.sweep.quantizer is None else ():
         pristine = stage.pristine.get(key)
         if pristine is not None and not torch.equal(pristine, tensor) and id(tensor) in names:
             found[names[id(tensor)]] = tensor.detach().clone()
@@ -137,9 +143,11 @@ def _assembled(
             "import torch",
             "from torch import nn",
             *model.imports(case),
+            *quantized.imports(case),
             *say.imports,
             *gap,
             *model.definitions(case),
+            *quantized.definitions(case),
             *model.FILL,
             *(merging.SHAPE if before else ()),
             *defined,
@@ -147,6 +155,7 @@ def _assembled(
             f"torch.manual_seed({case.values})",
             *model.build(case),
             *model.table("model", own, wide),
+            *quantized.prepare(case),
             *([before] if before else ()),
             *attach,
             *(model.table("model", dict(adapters), wide) if adapters else ()),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from peftcheck import engine, generator, models, repro
+from peftcheck import engine, generator, models, processor, repro
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Poison, Sweep, encode
 from peftcheck.implementations.peft import Peft
 from peftcheck.implementations.peft.methods import METHODS
@@ -399,3 +399,76 @@ def test_the_text_of_an_issue_cannot_leave_its_fences():
     assert text.count("~~~~python") == 1 and text.count("\n~~~~") == 2
     assert "\n# heading" not in text.split("~~~~python")[0]
     assert encode(one, rule) in text
+
+
+# quantized layers
+
+
+def coded(quantizer: str, **fields) -> Case:
+    """Return a LoRA on one layer of 32 x 32 that 4-bit layers can run forward."""
+    spec = LayerSpec("a", "linear", 32, 32, bias=fields.pop("bias", False))
+    adapter = fields.pop("adapter", AdapterSpec("default", (0,), 1, 1.0))
+    settings = {} if quantizer.endswith("int8") else {"blocksize": 32}
+    usual = Case(
+        Sweep("peft", fields.pop("variant", "lora"), "linear", "float32", quantizer), 0, 0, (spec,), (adapter,), "float32",
+        "dyadic", values=3, batch=(1,), extra=tuple(settings.items()),
+    )  # fmt: skip
+    return replace(usual, **fields)
+
+
+MISS = AdapterSpec("default", (0,), 1, 1.0, (("init", False),))
+
+
+def outcome_of(script: str) -> int:
+    """Return the exit code of a script, run in this process."""
+    with contextlib.redirect_stdout(io.StringIO()), pytest.raises(SystemExit) as end:
+        exec(compile(script, "script", "exec"), {"__name__": "script"})
+    return end.value.code
+
+
+def shown(case: Case, name: str) -> str:
+    script = repro.standalone(LIBRARY, case, law(name))
+    assert script is not None, f"no script for {name} on {case.words()}"
+    assert len(script.splitlines()) < 40
+    assert "peftcheck" not in "\n".join(line for line in script.splitlines() if "import" in line)
+    return script
+
+
+@pytest.mark.parametrize(
+    ("case", "name"),
+    [
+        (coded("bitsandbytes.int8", variant="miss", adapter=MISS), "quantize.warns"),
+        (coded("bitsandbytes.nf4", variant="miss", adapter=MISS), "quantize.warns"),
+        (
+            coded("bitsandbytes.int8", variant="lora.bias", bias=True, adapter=AdapterSpec("default", (0,), 1, 2.0)),
+            "quantize.merge_budget",
+        ),
+        (coded("bitsandbytes.int8", profile="normal", poison=Poison("overflow")), "quantize.rejects"),
+        (coded("bitsandbytes.int8", variant="hra"), "quantize.refuses"),
+        (coded("bitsandbytes.nf4", variant="fourierft", adapter=case("fourierft", (LayerSpec("a", "linear", 1, 1),)).adapters[0]), "quantize.refuses"),
+        (coded("bitsandbytes.nf4", variant="pvera"), "quantize.merge_budget"),
+    ],
+)  # fmt: skip
+def test_a_quantized_defect_is_shown_by_a_short_program(case, name):
+    variant = LIBRARY.variants()[case.sweep.variant]
+    case = replace(case, adapters=variant.fit_all(tuple(variant.fit(a, case.layers, False) for a in case.adapters), case.layers))
+    script = shown(case, name)
+    assert "import bitsandbytes as bnb" in script
+    assert outcome_of(script) == 1
+
+
+@pytest.mark.skipif("avx512_bf16" not in processor.features(), reason="bitsandbytes repacks with AVX512-BF16 only")
+def test_a_merge_after_a_forward_is_shown_by_a_short_program():
+    assert outcome_of(shown(coded("bitsandbytes.nf4"), "quantize.after_forward")) == 1
+
+
+def test_a_quantized_program_passes_where_the_defect_is_gone():
+    """With the adapter's bias scaled by 1 the merge is right: the same program then exits 0."""
+    case = coded("bitsandbytes.int8", variant="lora.bias", bias=True, adapter=AdapterSpec("default", (0,), 1, 2.0))
+    variant = LIBRARY.variants()["lora.bias"]
+    case = replace(case, adapters=(variant.fit(case.adapters[0], case.layers, False),))
+    script = shown(case, "quantize.merge_budget")
+    head, _, tail = script.partition('"base_model.model.a.lora_B.default.bias": [')
+    numbers, _, rest = tail.partition("]")
+    doubled = ", ".join(repr(2 * float(number)) for number in numbers.split(","))
+    assert outcome_of(f'{head}"base_model.model.a.lora_B.default.bias": [{doubled}]{rest}') == 0

@@ -40,7 +40,6 @@ _ADAMSS = Method(
         claim=claim,
         keeps=keeping("basis"),
         package="sklearn",
-        keeps=keeping("basis"),  # AdamssLayer.adamss_newB: a persistent buffer
         # decomposed in single precision when attached, and from the base as it is then
         avoids=frozenset({"huge", "cancelling"}),
     ),

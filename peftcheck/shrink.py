@@ -10,12 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from peftcheck import reductions
 from peftcheck.case import Case, encode
 from peftcheck.errors import HarnessError
 from peftcheck.implementation import Implementation, Variant
 from peftcheck.law import Law
 from peftcheck.outcome import PASS, Outcome
-from peftcheck.reductions import REDUCTIONS
 from peftcheck.reductions.candidate import Candidate
 
 Check = Callable[[Implementation, Case, Sequence[Law]], Sequence[Outcome]]
@@ -130,7 +130,7 @@ class _Walk:
     def fitted(self, case: Case) -> Case:
         """Return the case with layers and options that are valid for the variant."""
         exact, variant = case.profile == "dyadic", self.variant
-        layers = tuple(variant.admit(spec) for spec in case.layers)
+        layers = case.layers if case.whole else tuple(variant.admit(spec) for spec in case.layers)
         adapters = tuple(variant.fit(adapter, layers, exact) for adapter in case.adapters)
         return replace(case, layers=layers, adapters=variant.fit_all(adapters, layers))
 
@@ -166,7 +166,7 @@ class _Walk:
         changed = True
         while changed and self.checks < self.limit:
             changed = False
-            for reduction in REDUCTIONS:
+            for reduction in reductions.of(best):
                 while (smaller := self._first(best, reduction(best, self.variant))) is not None:
                     best, changed = smaller, True
                     self.visited.add(encode(best, ""))
@@ -178,7 +178,7 @@ class _Walk:
 
     def _reseeded(self, best: Case) -> Case | None:
         """Return the first candidate that fails alike under another seed."""
-        for reduction in REDUCTIONS:
+        for reduction in reductions.of(best):
             for candidate in reduction(best, self.variant):
                 for seed in SEEDS:
                     if candidate.shrinks and self.shows(self.fitted(replace(candidate.case, values=seed))):
@@ -188,7 +188,7 @@ class _Walk:
     def steps(self, best: Case) -> tuple[str, ...]:
         """Return what holds one step below the best case, in words; only what was seen to hold."""
         found: list[str] = []
-        for reduction in REDUCTIONS:
+        for reduction in reductions.of(best):
             for candidate in reduction(best, self.variant):
                 case = self.fitted(candidate.case)
                 if case == best or not candidate.words:

@@ -52,10 +52,14 @@ class Where:
         )
 
     def covers(self, case: Case) -> bool:
-        """Return whether the case is one that the entry speaks of."""
-        if not self.reaches(case.sweep):
+        """Return whether the case is one that the entry speaks of.
+
+        A kind of layer is also found within a whole model, on the layers that are adapted there.
+        """
+        inside = case.whole and not _any(case.sweep.layer, self.alternatives("layer") or ("*",))
+        if not Where(tuple(c for c in self.conditions if c[0] != "layer" or not inside)).reaches(case.sweep):
             return False
-        local = [(field, wanted) for field, wanted in self.conditions if field not in _SWEEP]
+        local = [(field, wanted) for field, wanted in self.conditions if field not in _SWEEP or (inside and field == "layer")]
         whole = [(field, wanted) for field, wanted in local if _root(field) in (*_CASE, "poison", "extra")]
         if not all(_any(_of_case(case, field), wanted) for field, wanted in whole):
             return False
@@ -107,6 +111,8 @@ def _of_case(case: Case, field: str) -> Any:
 
 
 def _of_site(field: str, adapter: AdapterSpec, layer: LayerSpec) -> Iterable[Any]:
+    if field == "layer":
+        yield layer.kind
     if _root(field) == "options":
         yield adapter.option(field.partition(".")[2])
     if field in _LAYER:

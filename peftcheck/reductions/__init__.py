@@ -12,6 +12,7 @@ from peftcheck.implementation import Variant
 from peftcheck.oracle import FORMULAS
 from peftcheck.reductions.candidate import Candidate, Reduction, smaller
 from peftcheck.reductions.layer import layer_fields
+from peftcheck.reductions.model import fewer_blocks, plain_model
 
 _LAYER_NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 _ADAPTER_NAMES = ("default", "second", "third", "fourth")
@@ -115,7 +116,7 @@ def _sized(spec: LayerSpec, n: int) -> LayerSpec:
 
 def run_fields(case: Case, variant: Variant) -> list[Candidate]:
     """Make plain how the case is run: profile, dtype of the adapter, batch, the manner of merging."""
-    exact = FORMULAS[variant.formula].dyadic
+    exact = FORMULAS[variant.formula].dyadic and not case.whole
     profiles = [p for p in ("dyadic", "normal") if p not in variant.avoids and (exact or p != "dyadic")]
     if case.profile in profiles:
         profiles = profiles[: profiles.index(case.profile)]
@@ -234,3 +235,12 @@ REDUCTIONS: tuple[Reduction, ...] = (
     one_adapter, fewer_layers, fewer_targets, names, plain, run_fields, layer_fields, adapter_fields, poison, extra,
 )  # fmt: skip
 """In the order in which they are tried."""
+MODEL_REDUCTIONS: tuple[Reduction, ...] = (
+    one_adapter, fewer_targets, fewer_blocks, plain_model, run_fields, adapter_fields, poison,
+)  # fmt: skip
+"""The same where the layers are those of a whole model, and cannot be changed one by one."""
+
+
+def of(case: Case) -> tuple[Reduction, ...]:
+    """Return the reductions for a case."""
+    return MODEL_REDUCTIONS if case.whole else REDUCTIONS

@@ -129,7 +129,7 @@ def _assembled(
     body: Sequence[str],
 ) -> list[str] | None:
     """Return the whole script, with blank lines and a tensor per line if there is room."""
-    own = {key: value for key, value in base.items() if not _borrowed(case, key)}
+    own = {key: value for key, value in base.items() if not _borrowed(case, key) and _matters(case, key, body)}
     before = merging.BEFORE.get(law.name) if any("described(" in line for line in body) else None
     defined: list[str] = []
     for name, lines in say.definitions.items():
@@ -169,6 +169,13 @@ def _assembled(
 def _borrowed(case: Case, key: str) -> bool:
     """Return whether the tensor is the weight of a layer that shares another's."""
     return any(spec.tied and key == f"{spec.name}.weight" for spec in case.layers)
+
+
+def _matters(case: Case, key: str, body: Sequence[str]) -> bool:
+    """Return whether the script has to write a tensor: of a whole model, those of the layers it adapts or looks at."""
+    layer = key.rpartition(".")[0]
+    targeted = (case.layers[target].name for adapter in case.adapters for target in adapter.targets)
+    return not case.whole or layer in targeted or any(text(layer) in line for line in body)
 
 
 def _replay(implementation: Implementation, case: Case, law: Law) -> str:

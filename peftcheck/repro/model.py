@@ -11,6 +11,7 @@ from torch import Tensor
 
 from peftcheck.case import Case, LayerSpec
 from peftcheck.spelling import text
+from peftcheck.transformer_models import BLUEPRINTS, settings
 
 _CONVOLUTION = {"conv1d": "Conv1d", "conv2d": "Conv2d", "conv3d": "Conv3d"}
 _DEFINITIONS = {
@@ -62,6 +63,9 @@ def literal(tensor: Tensor) -> str:
 
 def imports(case: Case) -> tuple[str, ...]:
     """Return the import lines that the layers need."""
+    if case.whole:
+        blueprint = BLUEPRINTS[case.sweep.layer]
+        return (f"from transformers import {blueprint.config}, {blueprint.model}",)
     if any(spec.kind == "conv1d-transformers" for spec in case.layers):
         return ("from transformers.pytorch_utils import Conv1D",)
     return ()
@@ -69,12 +73,20 @@ def imports(case: Case) -> tuple[str, ...]:
 
 def definitions(case: Case) -> list[str]:
     """Return the classes that the layers need."""
+    if case.whole:
+        return []
     kinds = dict.fromkeys(spec.kind for spec in case.layers)
     return [line for kind in kinds for line in _DEFINITIONS.get(kind, ())]
 
 
 def build(case: Case) -> list[str]:
-    """Return the lines that make `model`, every layer under its (dotted) name."""
+    """Return the lines that make `model`, every layer under its (dotted) name; a whole model from its configuration."""
+    mode = "train" if case.train else "eval"
+    if case.whole:
+        blueprint = BLUEPRINTS[case.sweep.layer]
+        options = blueprint.arguments(settings(case))
+        given = ", ".join(f"{name}={text(value) if isinstance(value, str) else value}" for name, value in options.items())
+        return [f"model = {blueprint.model}({blueprint.config}({given})).to(torch.{case.sweep.dtype}).{mode}()"]
     tree: dict[str, Any] = {}
     for spec in case.layers:
         *containers, last = spec.name.split(".")
@@ -82,7 +94,7 @@ def build(case: Case) -> list[str]:
         for part in containers:
             node = node.setdefault(part, {})
         node[last] = _layer(spec, case.sweep.dtype)
-    lines = [f"model = {_modules(tree)}.{'train' if case.train else 'eval'}()"]
+    lines = [f"model = {_modules(tree)}.{mode}()"]
     for spec in case.layers:
         if spec.tied is not None:
             lines.append(

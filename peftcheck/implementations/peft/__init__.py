@@ -18,7 +18,7 @@ from peftcheck.implementations.peft.attached import PeftAttached
 from peftcheck.implementations.peft.methods import METHODS
 from peftcheck.implementations.peft.quantization import with_quantizers
 from peftcheck.implementations.peft.script import spelling
-from peftcheck.implementations.peft.whole_models import as_users_write
+from peftcheck.implementations.peft.whole_models import as_users_write, with_models
 from peftcheck.spelling import Spelling
 
 
@@ -31,7 +31,7 @@ class Peft:
     ledger = Path(__file__).parent / "ledger"
 
     def variants(self) -> Mapping[str, Variant]:
-        return {name: with_quantizers(method.variant) for name, method in METHODS.items()}
+        return {name: with_models(with_quantizers(method.variant)) for name, method in METHODS.items()}
 
     def attach(self, model: nn.Module, case: Case) -> PeftAttached:
         try:

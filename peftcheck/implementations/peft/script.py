@@ -11,6 +11,7 @@ import peft
 
 from peftcheck.case import AdapterSpec, Case
 from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.whole_models import as_users_write
 from peftcheck.spelling import Spelling, text
 
 _DEFINITIONS = {
@@ -60,7 +61,8 @@ def spelling(case: Case, method: Method) -> Spelling:
 
 
 def _config(method: Method, case: Case, adapter: AdapterSpec) -> Any:
-    return method.config(adapter, [case.layers[target].name for target in adapter.targets])
+    made = method.config(adapter, [case.layers[target].name for target in adapter.targets])
+    return as_users_write(made, case, adapter)
 
 
 def _list(items: Sequence[str]) -> str:

@@ -12,10 +12,14 @@ from peftcheck.targets import Targets, spelled
 from peftcheck.transformer_models import BLUEPRINTS, having
 
 
+# Its preprocessing takes one sequence at a time, and targets by plain names of nn.Linear.
+_APART = frozenset({"lora.corda-ipm", "lora.corda-kpm"})
+
+
 def with_models(variant: Variant) -> Variant:
     """Return the variant with the whole models that have a layer of a kind which it accepts."""
-    accepted = having(variant.layers)
-    unasked = having(variant.unasked) - accepted
+    accepted = having(variant.layers) if variant.name not in _APART else frozenset()
+    unasked = having(variant.layers | variant.unasked) - accepted
     return replace(variant, layers=variant.layers | accepted, unasked=variant.unasked | unasked)
 
 

@@ -31,8 +31,10 @@ _IGNORED = frozenset(EMBEDDINGS)  # where PEFT passes over the start's name, and
 def calibration(case: Case) -> list[Tensor]:
     """Return data for starts that look at activations: per layer (samples, features), in the base's dtype.
 
-    Layers of other kinds get the case's own input.
+    Layers of other kinds get the case's own input, a whole model more of what it takes.
     """
+    if case.whole:
+        return models.arguments(replace(case, batch=(_SAMPLES // 4, 5)))
     dtype, inputs = DTYPES[case.sweep.dtype], models.inputs(case)
     return [
         values.normal(f"{case.values}|calibration|{spec.name}", (_SAMPLES, spec.n_in)).to(dtype)

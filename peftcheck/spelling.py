@@ -22,7 +22,8 @@ class Spelling:
     Expressions: `layer(name)` is the module that stands at a layer's place, `base(name, tensor)` a base tensor in
     force, `delta(name, adapter)` what the library reports, `merged(name)` the adapters marked as merged,
     `disabled` a context manager, `unload` and `export(adapters, safe)` the exported model. Statements:
-    `merge(adapters, safe)`, `unmerge`. `root(attached)` is the module that `model` stands for then.
+    `merge(adapters, safe)`, `unmerge`; where the library has them, `save(folder, adapters)`, `delete(adapter)`.
+    `root(attached)` is the module that `model` stands for then.
     """
 
     imports: tuple[str, ...]
@@ -38,6 +39,8 @@ class Spelling:
     merge: Callable[[Sequence[str], bool], str]
     unmerge: str
     root: Callable[[Attached], nn.Module]
+    save: Callable[[str, Sequence[str]], str] | None = None
+    delete: Callable[[str], str] | None = None
 
 
 @runtime_checkable

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftcheck.implementation import Inverts
-from peftcheck.repro import merging, refusing, training
+from peftcheck.repro import keeping, merging, refusing, training
 from peftcheck.repro.model import indented
 from peftcheck.repro.scene import Body, Scene
 
@@ -25,6 +25,11 @@ BODIES: dict[str, Body] = {
     "safe_merge.names": refusing.names,
     "safe_merge.agrees": refusing.agrees,
     "refuse.merge": refusing.refused_merge,
+    "state.save_load": keeping.reload,
+    "state.reload_merge": keeping.reload,
+    "state.save_merged": keeping.save_merged,
+    "state.checkpoint_size": keeping.size,
+    "state.delete": keeping.delete,
     "merge.in_train_mode": training.in_train_mode,
     "merge.under_autocast": training.under_autocast,
     "merge.channels_last": training.channels_last,

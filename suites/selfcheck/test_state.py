@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import tomllib
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
-from peftcheck import checkpoint, checkpoint_table, engine, generator
-from peftcheck.case import Case, Sweep
+from peftcheck import checkpoint, checkpoint_table, engine, generator, repro
+from peftcheck.case import Case, Sweep, decode
 from peftcheck.faults import FAULTS, Faulty
 from peftcheck.faults.matrix import suitable
 from peftcheck.implementation import Implementation, Reloads, stored
@@ -148,3 +151,18 @@ def test_the_table_has_a_row_for_each_variant_and_the_reference_stores_nothing_b
 def test_the_table_shows_what_is_stored_besides() -> None:
     fault = next(one for one in FAULTS if one.name == "checkpoint.per-layer")
     assert {row[-1] for row in checkpoint_table.table(Faulty(REFERENCE, fault)).rows} == {2.0}
+
+
+@pytest.mark.parametrize("law", ["state.save_load", "state.checkpoint_size", "state.delete"])
+def test_a_known_defect_of_the_library_shows_in_a_short_script(law: str, tmp_path) -> None:
+    peft = pytest.importorskip("peftcheck.implementations.peft").Peft()
+    issues = tomllib.loads((peft.ledger / "state.toml").read_text(encoding="utf-8"))["issue"]
+    witnesses = [decode(token) for issue in issues for token in issue["witness"]]
+    case = next(case for case, own in witnesses if own == law)
+    script = repro.standalone(peft, case, laws(law)[0])
+    assert script is not None
+    assert len(script.splitlines()) <= repro.MOST_LINES
+    (tmp_path / "script.py").write_text(script)
+    done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=False)
+    assert done.returncode == 1, done.stderr
+    assert "found:" in done.stdout

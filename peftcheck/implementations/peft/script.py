@@ -57,6 +57,8 @@ def spelling(case: Case, method: Method) -> Spelling:
         merge=lambda own, safe: f"model.merge_adapter({_list(own)}, safe_merge={safe})",
         unmerge="model.unmerge_adapter()",
         root=lambda attached: attached.model,
+        save=lambda folder, own: f"model.save_pretrained(str({folder}), selected_adapters={_list(own)})",
+        delete=lambda own: f"model.delete_adapter({text(own)})",
     )
 
 

@@ -1,0 +1,106 @@
+"""No option of PEFT's LoraConfig is a blank: each is set by a variant, changes no arithmetic, or waits with a reason."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+
+pytest.importorskip("peft")
+
+from peft import LoraConfig
+
+from peftcheck import generator
+from peftcheck.case import Sweep
+from peftcheck.implementations.peft.methods import METHODS
+
+COVERED = {
+    "r": "lora",
+    "lora_alpha": "lora",
+    "lora_dropout": "lora",
+    "target_modules": "lora",
+    "use_rslora": "lora.rslora",
+    "rank_pattern": "lora.pattern",
+    "alpha_pattern": "lora.pattern",
+    "lora_bias": "lora.bias",
+    "use_dora": "lora.dora",
+    "init_lora_weights": "lora.pissa",
+    "eva_config": "lora.eva",
+    "corda_config": "lora.corda-kpm",
+    "velora_config": "lora.velora",
+    "monteclora_config": "lora.monteclora",
+    "kasa_config": "lora.kasa",
+    "use_bdlora": "lora.bdlora",
+    "target_parameters": "lora.parameter",
+}
+"""Options that a variant sets away from their default, in some of the cases drawn for it."""
+
+NO_ARITHMETIC = {
+    "task_type": "which class wraps the model; the layers are the same",
+    "peft_type": "the method's own name",
+    "auto_mapping": "where the base's class is found again when loading",
+    "peft_version": "which release wrote the configuration",
+    "base_model_name_or_path": "a name, for loading",
+    "revision": "a name, for loading",
+    "inference_mode": "what requires gradients",
+    "bias": "which of the base's own biases are trained; the adapted layer computes the same",
+    "runtime_config": "where an intermediate result is held for a moment",
+    "fan_in_fan_out": "set by PEFT itself from the layer's class, whatever is given: the layer conv1d-transformers has it",
+    "layers_pattern": "which container `layers_to_transform` counts in",
+}
+"""Options that move no number of an adapted layer: why."""
+
+ELSEWHERE = {
+    "megatron_config": "needs megatron's parallel layers, which are built on devices in a process group",
+    "megatron_core": "the module of megatron's that those layers come from",
+    "loftq_config": "loftq_init moves the weight to an accelerator first: it cannot start on a processor alone",
+    "use_qalora": "read by the layers of GPTQ only, whose kernels do not run here",
+    "qalora_group_size": "of use_qalora",
+}
+"""Options that cannot be run on a processor alone: why."""
+
+PENDING = {
+    "exclude_modules",
+    "layers_to_transform",
+    "modules_to_save",
+    "trainable_token_indices",
+    "lora_ga_config",
+    "alora_invocation_tokens",
+    "layer_replication",
+    "arrow_config",
+    "ensure_weight_tying",
+}
+"""Options that still lack a variant."""
+
+
+def offered() -> dict[str, dataclasses.Field]:
+    return {field.name: field for field in dataclasses.fields(LoraConfig)}
+
+
+def default(field: dataclasses.Field) -> object:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def test_every_option_has_a_variant_or_a_reason() -> None:
+    missing = set(offered()) - set(COVERED) - set(NO_ARITHMETIC) - set(ELSEWHERE) - PENDING
+    assert not missing, f"LoraConfig has options that nothing here speaks of: {', '.join(sorted(missing))}"
+
+
+def test_every_option_is_classified_once() -> None:
+    kinds = (set(COVERED), set(NO_ARITHMETIC), set(ELSEWHERE), PENDING)
+    assert sum(map(len, kinds)) == len(set().union(*kinds))
+
+
+@pytest.mark.parametrize("option", [option for option, variant in COVERED.items() if variant in METHODS])
+def test_the_variant_sets_the_option(option: str) -> None:
+    method = METHODS[COVERED[option]]
+    layer = sorted(method.variant.layers)[0]
+    sweep = Sweep("peft", method.variant.name, layer, "float32")
+    usual = default(offered()[option])
+    for index in range(20):
+        case = generator.draw(method.variant, sweep, 0, index)
+        for adapter in case.adapters:
+            config = method.config(adapter, [case.layers[target].name for target in adapter.targets])
+            if getattr(config, option) != usual:
+                return
+    pytest.fail(f"no case of {method.variant.name} sets {option}")

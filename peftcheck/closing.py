@@ -13,6 +13,7 @@ from typing import Any
 from peftcheck import checkpoint_table, engine, record, repro, shrink
 from peftcheck.case import decode, encode
 from peftcheck.implementation import Implementation
+from peftcheck.measurement import Repair
 from peftcheck.record import CellRecord, DefectRecord, LedgerRecord, QuantizedRecord, Record, Table, Worst
 from peftcheck.session import Session
 from peftcheck.watchdog import CASE_SECONDS, interrupt
@@ -114,6 +115,7 @@ def _cell(plain: dict[str, Any]) -> CellRecord:
         effect=_number(plain["effect"]),
         seconds=round(plain["seconds"], 6),
         worst=worst,
+        repairs=tuple(record.Repair(**way) for way in plain.get("repairs", ())),
     )
 
 
@@ -149,6 +151,7 @@ def _defect(name: str, members: list[tuple[dict, dict]]) -> DefectRecord:
         words=failure["words"],
         message=failure["message"],
         script=None,
+        repair="; ".join(Repair(**way).words() for way in failure.get("repairs", ())) or None,
     )
 
 

@@ -101,7 +101,7 @@ def combine(stage: Stage, asked: Combination, into: str = INTO, sources: Sequenc
     if merged is not None and not any(stage.attached.merged().values()):
         stage.attached.merge((stage.names[merged],))
     names = [stage.names[index] for index in asked.members] if sources is None else list(sources)
-    torch.manual_seed(asked.seed)
+    torch.default_generator.manual_seed(asked.seed)  # the processor's alone: asking for every device costs more than combining
     try:
         with torch.no_grad():
             stage.attached.combine(names, asked.weights, asked.name, into, **asked.options)
@@ -185,7 +185,7 @@ def total(stage: Stage, asked: Combination, layer: str, m: Machine | None = None
     sites, weights = sources(stage, asked, layer)
     changes = [change(stage, m, site) for site in sites]
     found: Change = {}
-    for name in {name for one in changes for name in one}:
+    for name in dict.fromkeys(name for one in changes for name in one):
         parts = [(one[name], weight) for one, weight in zip(changes, weights, strict=True) if name in one]
         found[name] = weighted_sum(m.adapter, [part for part, _ in parts], [weight for _, weight in parts])
     return found

@@ -12,7 +12,7 @@ from peftcheck import combination as combining
 from peftcheck import refusal
 from peftcheck.combination import Change, Combination
 from peftcheck.implementation import Promise
-from peftcheck.measurement import Measurement
+from peftcheck.measurement import Measurement, Repair, compare
 from peftcheck.oracle.combination import cross_share
 from peftcheck.stage import Stage
 
@@ -25,8 +25,7 @@ def explained(stage: Stage, asked: Combination, layer: str, found: Change, viola
     name = violation.role.partition(":")[2]
     value = found[name].value if name in found else torch.zeros_like(due[name])
     for symptom, note in _causes(stage, asked, layer, name, value, due[name]):
-        text = "; ".join(part for part in (note, repair(stage, asked), violation.note) if part)
-        return replace(violation, symptom=symptom, note=text)
+        return repaired(stage, asked, replace(violation, symptom=symptom), note)
     return violation
 
 
@@ -48,6 +47,10 @@ def _causes(
     share = excess(found, due)
     wrong = wrong_alone(stage, asked, layer, name)
     whole = alone(found, due)
+    stacked = len(asked.members) > 1 and asked.kind.rank == "sum" and stage.spec(layer).groups > 1
+    if wrong is None and stacked:
+        note = "each adapter alone is right; stacked, rows of A stand in other groups than columns of B"
+        yield "groups", f"{note}; {share} of the combined delta was not asked for"
     if len(asked.members) == 1 or wrong is not None or (asked.kind.rank != "common" and whole[0] == "scaled"):
         yield wrong or whole
     exact = cross_energy(stage, asked, layer, found) if asked.kind.rank == "common" and name == "weight" else None
@@ -55,9 +58,6 @@ def _causes(
         yield "cross terms", f"{100 * exact:.2g} % of the combined delta lies in B_i A_j with i != j, which nobody asked for"
     elif asked.kind.rank == "common":
         yield "cross terms", f"each adapter alone is right; {share} of the combined delta was not asked for"
-    elif stage.spec(layer).groups > 1:
-        note = "each adapter alone is right; stacked, rows of A stand in other groups than columns of B"
-        yield "groups", f"{note}; {share} of the combined delta was not asked for"
     yield "numeric", f"each adapter alone is right; {share} of the combined delta was not asked for"
 
 
@@ -95,8 +95,12 @@ def wrong_alone(stage: Stage, asked: Combination, layer: str, name: str) -> tupl
         m = combining.plain_machine(stage)
         due = combining.total(stage, single, layer, m)
         got = combining.change(stage, m, combining.combined(stage, combining.INTO, layer))
-        if name in due and not _within(zero_unless(got, name, due), due[name].value, _tolerable(stage) * float(due[name].value.norm())):
-            symptom, note = alone(zero_unless(got, name, due), due[name].value)
+        if name not in due:
+            continue
+        value, norm = zero_unless(got, name, due), float(due[name].value.norm())
+        rounded = compare(name, value, due[name].value, combining.exact_bound(stage, single, layer)[name]).holds
+        if not rounded and not _within(value, due[name].value, _tolerable(stage) * norm):
+            symptom, note = alone(value, due[name].value)
             return symptom, f"already of '{stage.names[index]}' alone: {note}"
     return None
 
@@ -211,18 +215,54 @@ def cross_energy(stage: Stage, asked: Combination, layer: str, found: Tensor) ->
     return cross_share(pairs, found) if pairs else None
 
 
-def repair(stage: Stage, asked: Combination) -> str:
-    """Return which kind gives the sum within rounding, and what it costs in rank, measured on this case."""
+def repairs(stage: Stage, asked: Combination) -> tuple[Repair, ...]:
+    """Return which kinds give the sum within rounding, and what they cost in rank, measured on this case."""
     if stage.formula.delta is None:
-        return ""
+        return ()
     ranks = sum(combining.highest_rank(stage.case.adapters[index]) for index in asked.members)
-    tried = [asked.of("cat", density=None), asked.of("svd", density=None, svd_rank=ranks, svd_clamp=None)]
+    tried = [(asked.of("cat", density=None), ranks), (asked.of("svd", density=None, svd_rank=ranks, svd_clamp=None), ranks)]
     found = []
-    for candidate in tried:
+    for candidate, rank in tried:
         if candidate.name == asked.name or combining.promise(stage, candidate) in (None, Promise.UNSPECIFIED):
             continue
-        error = _error(stage, candidate.having(svd_rank=ranks if candidate.name == "svd" else None))
+        error = _error(stage, candidate.having(svd_rank=rank if candidate.name == "svd" else None))
         if error is not None and error <= _tolerable(stage):
-            found.append(f"'{candidate.name}' gives it at rank {ranks} instead of {combining.rank_of(stage, asked)} (relative error {error:.2g})")
-    return "repair: " + ", ".join(found) if found else "no kind of this library gives the sum here"
+            found.append(Repair(candidate.name, rank, combining.rank_of(stage, asked), error))
+    return tuple(found)
 
+
+def repaired(stage: Stage, asked: Combination, violation: Measurement, *notes: str) -> Measurement:
+    """Return a violation with what its user can do today, told after `notes` and before its own."""
+    if stage.formula.delta is None:
+        return replace(violation, note="; ".join(part for part in (*notes, violation.note) if part))
+    ways = repairs(stage, asked)
+    told = "repair: " + ", ".join(way.words() for way in ways) if ways else "no kind of this library gives the sum here"
+    return replace(violation, note="; ".join(part for part in (*notes, told, violation.note) if part), repairs=ways)
+
+
+def unpruned_factors(stage: Stage, asked: Combination, layer: str) -> tuple[Repair, ...]:
+    """Return what it costs to have a definition on full deltas: the kind's truncated twin at a rank that cuts nothing.
+
+    Nothing for random drops: two runs of them drop other elements.
+    """
+    twin = f"{asked.name}_svd"
+    if asked.kind.prunes == "random" or twin not in stage.variant.combinations:
+        return ()
+    due = combining.ideal(stage, asked, layer)["weight"].value
+    rank = min(due.shape[0], due[0].numel())
+    candidate = asked.of(twin, svd_rank=rank)
+    stage.put_back()
+    try:
+        site = combining.combined(stage, combining.combine(stage, candidate), layer)
+    except combining.Declined:
+        return ()
+    except Exception as error:
+        if not (refusal.is_library(error, stage.implementation) or isinstance(error, RuntimeError)):
+            raise
+        return ()
+    found = combining.change(stage, combining.plain_machine(stage), site)["weight"].value if site else torch.zeros_like(due)
+    size = float(torch.linalg.vector_norm(due))
+    error = float(torch.linalg.vector_norm(found - due)) / size if found.shape == due.shape and size else None
+    if error is None or error > _tolerable(stage):
+        return ()
+    return (Repair(twin, rank, combining.rank_of(stage, asked), error),)

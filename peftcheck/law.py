@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 
-from peftcheck.case import Sweep
+from peftcheck.case import Case, Sweep
 from peftcheck.implementation import Op, Promise, Variant
 from peftcheck.measurement import Measurement
 from peftcheck.stage import Stage
@@ -24,6 +24,10 @@ def _everywhere(sweep: Sweep) -> bool:
     return True
 
 
+def _every_case(variant: Variant, case: Case) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Law:
     """A property that must hold.
@@ -35,6 +39,7 @@ class Law:
     `sweeps` tells on which sweeps (layers, dtypes) it has cells at all. `refuses` names the operation whose refusal a law
     of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
     `on`: whether it is asked of layers alone, of whole models, or of both.
+    `cases` tells, before anything is built, which cases can say anything about the law: building costs more than asking.
     """
 
     name: str
@@ -48,6 +53,7 @@ class Law:
     sweeps: Callable[[Sweep], bool] = _everywhere
     refuses: Op = Op.MERGE
     on: str = "layers"  # "layers", "models" or "both"
+    cases: Callable[[Variant, Case], bool] = _every_case
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""
@@ -73,13 +79,14 @@ def law(
     sweeps: Callable[[Sweep], bool] = _everywhere,
     refuses: Op = Op.MERGE,
     on: str = "layers",
+    cases: Callable[[Variant, Case], bool] = _every_case,
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases)
         return measure
 
     return register

@@ -11,13 +11,31 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
+class Repair:
+    """What gives a violated combination today, measured on the same case.
+
+    `kind`: the combination kind that gives it; `rank`: what that costs, `instead` of the rank of the kind asked for;
+    `error`: the relative error that is left (Frobenius).
+    """
+
+    kind: str
+    rank: int
+    instead: int
+    error: float
+
+    def words(self) -> str:
+        """Say it in a clause."""
+        return f"'{self.kind}' gives it at rank {self.rank} instead of {self.instead} (relative error {self.error:.2g})"
+
+
+@dataclass(frozen=True)
 class Measurement:
     """The worst element of everything that a law compared.
 
     `ratio` = residual / bound there: 0 where the residual is 0, inf where only the bound is, NaN where either is
     NaN. `beyond` is the same against bound + the bounds that the library documents (equal to `ratio` where there
     are none). `role` names the tensor, `symptom` the kind of difference: 'numeric', 'non-finite', 'shape',
-    'dtype', 'changed', ... `note` says more, in words.
+    'dtype', 'changed', ... `note` says more, in words. `repairs`: what its user can do today, where that was measured.
     """
 
     ratio: float
@@ -29,6 +47,7 @@ class Measurement:
     element: tuple[int, ...] = ()
     note: str = ""
     explained: str = ""
+    repairs: tuple[Repair, ...] = ()
 
     @property
     def holds(self) -> bool:

@@ -35,11 +35,25 @@ class Worst:
 
 
 @dataclass(frozen=True)
+class Repair:
+    """Name a combination kind that gives what the cell's own kind does not, measured on the violating case.
+
+    `rank` is what it costs, `instead` the rank of the kind asked for, `error` the relative error that is left.
+    """
+
+    kind: str
+    rank: int
+    instead: int
+    error: float
+
+
+@dataclass(frozen=True)
 class CellRecord:
     """State what one law did on one sweep.
 
     `ratio` is the largest residual / budget over the cases, `headroom` what `headroom(ratio)` makes of it,
-    `effect` how far the adapter moves the weight relative to its norm, `seconds` wall time.
+    `effect` how far the adapter moves the weight relative to its norm, `seconds` wall time, `repairs` what gives a
+    violated combination today.
     """
 
     id: str
@@ -59,6 +73,7 @@ class CellRecord:
     fingerprint: str | None
     issue: str | None
     message: str | None
+    repairs: tuple[Repair, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from typing import Any
 
 import jinja2
 
-from peftcheck import escape, report_quantized, summary
+from peftcheck import escape, report_combinations, report_quantized, summary
 from peftcheck.record import STATUSES, CellRecord, DefectRecord, Record
 from peftcheck.summary import Fold, Row, number
 
@@ -124,6 +124,7 @@ def render(record: Record) -> str:
             quantized=report_quantized.table(record),
             quantized_lead=report_quantized.LEAD,
             quantized_sentences=report_quantized.sentences(record),
+            combinations=report_combinations.read(record),
             signs=SIGNS,
             meanings=MEANINGS,
             statuses=STATUSES,
@@ -152,6 +153,8 @@ def _templates() -> jinja2.Environment:
         "replay": escape.replay,
         "value": value,
         "count": summary.count,
+        "square": report_combinations.square,
+        "cost": report_combinations.cost,
     }
     return environment
 

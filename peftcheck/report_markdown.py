@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from peftcheck import escape, report_quantized, summary
+from peftcheck import escape, report_combinations, report_quantized, summary
 from peftcheck.escape import code, markdown
 from peftcheck.record import DefectRecord, LedgerRecord, Record, Table
 from peftcheck.summary import count, number
@@ -59,6 +59,8 @@ def _parts(record: Record) -> Iterable[str]:
         )
     if record.cells:
         yield "### Laws\n\n" + _laws(record)
+    if (found := report_combinations.read(record)) is not None:
+        yield from _combinations(found)
     if record.ledger:
         yield "### Ledger\n\n" + _ledger(record.ledger)
     if record.faults:
@@ -157,6 +159,35 @@ def _laws(record: Record) -> str:
             )
         )
     return _table(("law", "run", "pass", "known", "failing", "worst ratio that holds"), rows)
+
+
+def _combinations(found: report_combinations.Combinations) -> Iterable[str]:
+    if found.remedies:
+        yield "### Combining adapters today\n\n" + _table(
+            ("kind asked for", "cells broken", "given by", "in cells", "at a cost of", "largest relative error"),
+            (
+                (
+                    code(remedy.kind, True),
+                    f"{remedy.broken:,}",
+                    code(remedy.exact, True) if remedy.exact else "no kind that was tried",
+                    f"{remedy.cells:,}" if remedy.cells else "–",
+                    markdown(report_combinations.cost(remedy)),
+                    number(remedy.error),
+                )
+                for remedy in found.remedies
+            ),
+        )
+    rows = (
+        (
+            code(line.kind, True),
+            markdown(escape.line(line.layer)),
+            *(f"{fold.status} {report_combinations.square(fold)}".strip() if fold else "" for fold in line.folds),
+        )
+        for line in found.lines
+    )
+    yield "### Kinds of combination by layer and law\n\n" + _table(
+        ("kind", "layer", *(code(law.partition(".")[2] or law, True) for law in found.laws)), rows
+    )
 
 
 def _ledger(entries: Iterable[LedgerRecord]) -> str:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from peftcheck.case import MODELS
+from peftcheck.case import LAYERS, MODELS
+from peftcheck.implementation import Implementation, Promise
+from peftcheck.rounding import DTYPES
 
 if TYPE_CHECKING:
     from peftcheck.suite import Cell
@@ -39,7 +42,8 @@ class Profile:
     """How far a run searches: cases per cell in the exact regime and outside, and tries to find them.
 
     What it takes where no filter asks for more: all groups of laws and single laws but `leaves`; whole models in
-    `model_dtypes`; of the quantizers those that match `quantizers` (globs).
+    `model_dtypes`; of the quantizers those that match `quantizers` (globs); of the groups `turns`, which have kinds, one
+    dtype at most for each variant, layer and kind, another with the next seed (`in_turn`).
     """
 
     name: str
@@ -49,6 +53,7 @@ class Profile:
     leaves: frozenset[str] = frozenset()
     model_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     quantizers: tuple[str, ...] = ("*",)
+    turns: frozenset[str] = frozenset()
 
     def takes(self, cell: Cell, filters: Filters) -> bool:
         """Return whether the profile runs a cell that the filters admit."""
@@ -62,7 +67,29 @@ class Profile:
 
 _QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 48, frozenset({"combine", "forward.compiled"}), ("float32",), _QUICK),
+    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine"})),
     "full": Profile("full", 6, 14, 120),
     "nightly": Profile("nightly", 20, 60, 480),
 }
+
+
+def in_turn(cells: Sequence[Cell], implementation: Implementation, groups: frozenset[str], seed: int) -> list[Cell]:
+    """Return the cells without those of the given groups whose dtype has not its turn; filters do not move a turn.
+
+    Like a Latin square: over the layers each kind meets every dtype, over the kinds each layer does, and as many
+    seeds as there are dtypes visit every cell. Kinds without a promise, which share their code, pause every other time.
+    """
+    variants = implementation.variants()
+    places = {name: place for place, name in enumerate(name for name, variant in variants.items() if variant.combinations)}
+
+    def has_its_turn(cell: Cell) -> bool:
+        if cell.law.partition(".")[0] not in groups or cell.kind is None:
+            return True
+        variant = variants[cell.sweep.variant]
+        own = [dtype for dtype in DTYPES if dtype in variant.dtypes]
+        place = places[variant.name] + LAYERS.index(cell.sweep.layer) + list(variant.combinations).index(cell.kind)
+        pauses = len(own) if variant.combinations[cell.kind] is Promise.UNSPECIFIED else 0
+        turn = (place + seed) % (len(own) + pauses)
+        return turn < len(own) and cell.sweep.dtype == own[turn]
+
+    return [cell for cell in cells if has_its_turn(cell)]

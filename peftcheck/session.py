@@ -11,11 +11,11 @@ from typing import Any
 
 from peftcheck import implementation as port
 from peftcheck import law as registry
-from peftcheck import ledger, suite
+from peftcheck import ledger, selection, suite
 from peftcheck.calibration import calibrate
 from peftcheck.case import Sweep
 from peftcheck.errors import HarnessError, UsageError
-from peftcheck.suite import Cell, CellResult, Filters
+from peftcheck.suite import Cell, CellResult, Failure, Filters
 from peftcheck.watchdog import CASE_SECONDS, Watchdog
 
 
@@ -68,6 +68,7 @@ class Verdict:
                 "message": f.message,
                 "ratio": None if f.ratio is None else str(f.ratio),
                 "issue": issue,
+                "repairs": _repairs(f),
             }
             for f, issue in zip(result.failures, self.issues, strict=True)
         ]
@@ -89,8 +90,14 @@ class Verdict:
             "message": self.message or (lead["message"] if lead else result.message),
             "harness": self.harness,
             "quantized": None if result.quantized is None else asdict(result.quantized),
+            "repairs": next((f["repairs"] for f in failures if f["repairs"]), []),
             "failures": failures,
         }
+
+
+def _repairs(failure: Failure) -> list[dict[str, Any]]:
+    measurement = failure.outcome.measurement
+    return [asdict(way) for way in measurement.repairs] if measurement else []
 
 
 class Session:
@@ -105,7 +112,10 @@ class Session:
         filters = suite.validated(settings.filters, self.implementation, tuple(self.laws.values()))
         found = suite.cells(self.implementation, tuple(self.laws.values()), filters)
         profile = suite.PROFILES[settings.profile]
-        self.cells = _shard([cell for cell in found if profile.takes(cell, filters)], settings.shard)
+        found = [cell for cell in found if profile.takes(cell, filters)]
+        if not filters.dtype:
+            found = selection.in_turn(found, self.implementation, profile.turns, settings.seed)
+        self.cells = _shard(found, settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")
         self.court = ledger.Court(self._ledger(), self.implementation, self.laws.values())

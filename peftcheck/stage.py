@@ -61,6 +61,7 @@ class Stage:
     _records: dict[str, Record] | Exception | None = None
     _effect: float | None = None
     written: Any = None  # the folder into which `checkpoint.saved` had the adapters saved, for the laws that read it
+    remembered: dict[Any, Any] = field(default_factory=dict)  # what laws have worked out of the case alone
     put_back: Callable[[], None] = lambda: None
 
     # what the case is
@@ -384,6 +385,7 @@ def note_start(stage: Stage) -> None:
     stage._sites.clear()
     stage._stored.clear()
     stage._merged.clear()
+    stage.remembered.clear()
 
 
 def cancel(stage: Stage) -> None:

@@ -12,7 +12,7 @@ from peftcheck import engine, generator, quantized_cost, quantizers, transformer
 from peftcheck.case import MODELS, SUBJECTS, Case, Sweep, encode
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.generator_combine import combination_case
-from peftcheck.implementation import Claim, Implementation, Op, Variant
+from peftcheck.implementation import Claim, Implementation, Variant
 from peftcheck.law import Law
 from peftcheck.measurement import Measurement
 from peftcheck.oracle import FORMULAS
@@ -227,8 +227,7 @@ class Walk:
                     break
                 continue
             case = self._draw(index, exact)
-            # attaching costs more than asking: a law on refused merges waits for a case that has one
-            wanted = [t for t in wanted if t.law.group != "refuse" or _claims_of(self.variant, case, t.law)]
+            wanted = [t for t in wanted if self._may_say(case, t.law)]
             if not wanted:
                 continue
             started = time.perf_counter()
@@ -238,6 +237,15 @@ class Walk:
                     first = (case, tally.law, outcome)
         if first is not None:
             self._canary(*first)
+
+    def _may_say(self, case: Case, law: Law) -> bool:
+        """Return whether building the case can tell anything of the law: attaching costs more than asking.
+
+        A law on refused merges waits for a case that has one, one on combinations for members and options that it needs.
+        """
+        if law.group == "refuse":
+            return _claims_of(self.variant, case, law)
+        return law.cases(self.variant, case)
 
     def _check(self, case: Case, laws: Sequence[Law]) -> list[Outcome]:
         token = encode(case, "")

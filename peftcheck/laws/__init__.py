@@ -5,6 +5,7 @@ from __future__ import annotations
 from peftcheck.laws import (
     attach,
     combine,
+    combine_refuses,
     combine_state,
     combine_truncation,
     forward,
@@ -28,6 +29,7 @@ from peftcheck.laws import (
 __all__ = [
     "attach",
     "combine",
+    "combine_refuses",
     "combine_state",
     "combine_truncation",
     "forward",

@@ -10,27 +10,45 @@ from peftcheck import combination as combining
 from peftcheck import combination_diagnosis as diagnosis
 from peftcheck.combination import Combination
 from peftcheck.implementation import Op, Promise
-from peftcheck.laws.combine_relations import agree, asked_of, combining_law, elementwise, normwise, read, values_of
+from peftcheck.laws.combine_relations import (
+    agree,
+    asked_of,
+    combining_law,
+    elementwise,
+    has_delta,
+    normwise,
+    of_several,
+    read,
+    sums,
+    values_of,
+)
 from peftcheck.measurement import Measurement, worst
 from peftcheck.oracle.combination import crossing
 from peftcheck.stage import Stage
 
 
-def _against_sum(stage: Stage, asked: Combination, name: str, steps: int = 1) -> Measurement:
-    """Compare a combined adapter with sum w_i D_i on every layer: elementwise, or by norm where it came from an SVD."""
+def _against_sum(stage: Stage, asked: Combination, name: str, part: Combination | None = None) -> Measurement:
+    """Compare a combined adapter with sum w_i D_i on every layer: elementwise, or by norm where it came from an SVD.
+
+    `part`: a first step whose truncated result, off by e, went into the second with weight 1. There e is one more doubt
+    about the target: 2 e, and less than e for what grows with the target's norm.
+    """
     found = []
     for layer in combining.layers(stage, asked):
         got = read(stage, name, layer)
         due = combining.total(stage, asked, layer, combining.plain_machine(stage))
         if asked.kind.rank == "chosen" and stage.formula.delta is not None:
             target = combining.total(stage, asked, layer)
-            limit = {key: steps * combining.truncated_bound(stage, asked, form) for key, form in target.items()}
+            limit = {key: combining.truncated_bound(stage, asked, form) for key, form in target.items()}
+            if part is not None and layer in combining.layers(stage, part):
+                before = combining.total(stage, part, layer)
+                limit = {k: room + (3 * combining.truncated_bound(stage, part, before[k]) if k in before else 0.0) for k, room in limit.items()}
             measured = [
                 normwise(f"{layer}:{key}", got[key].value if key in got else torch.zeros_like(due[key].value), due[key].value, room)
                 for key, room in limit.items()
             ]
         else:
-            measured = elementwise(layer, got, values_of(due), combining.exact_bound(stage, asked, layer, steps))
+            measured = elementwise(layer, got, values_of(due), combining.exact_bound(stage, asked, layer, 1 if part is None else 2))
         one = worst(measured)
         found.append((one, layer, got))
     one, layer, got = max(found, key=lambda item: _rank(item[0]))
@@ -62,6 +80,8 @@ def linear(stage: Stage) -> Measurement | None:
     (Op.COMBINE,),
     "even weights [1, 1] put half of the energy into B_1 A_2 + B_2 A_1",
     kinds=lambda kind, promise: promise is not Promise.UNSPECIFIED,
+    cases=lambda variant, case: case.profile == "probe" and of_several(variant, case),
+    concerns=has_delta,
 )
 def cross_term_free(stage: Stage) -> Measurement | None:
     """Combine probes whose true and cross terms lie in disjoint places, and measure what is where nothing may be."""
@@ -95,10 +115,11 @@ def cross_term_free(stage: Stage) -> Measurement | None:
             one = worst(elementwise(layer, {"weight": replace(target, value=value * where, error=None)}, {}, {"weight": bound}))
         if not one.holds:
             note = f"{100 * share:.2g} % of the combined delta lies in B_a A_b + B_b A_a, which nobody asked for"
-            one = replace(one, symptom="cross terms", note=note)
+            stacked = asked.kind.rank == "sum" and stage.spec(layer).groups > 1
+            one = replace(one, symptom="groups" if stacked else "cross terms", note=note)
         found.append(one)
     result = worst(found)
-    return result if result.holds else replace(result, note=f"{result.note}; {diagnosis.repair(stage, asked)}")
+    return result if result.holds else diagnosis.repaired(stage, asked, replace(result, note=""), result.note)
 
 
 @combining_law(
@@ -121,6 +142,7 @@ def single(stage: Stage) -> Measurement | None:
     "an adapter at [w, -w] is zero",
     (Op.COMBINE,),
     "(A - A)(B + B) is zero by luck, (A + A)(B - B) is not asked for",
+    concerns=sums,
 )
 def cancel(stage: Stage) -> Measurement | None:
     """Combine the first adapter twice, with opposite weights, nothing pruned."""
@@ -149,6 +171,7 @@ def _meaningful(stage: Stage, asked: Combination) -> bool:
     "weights c w give c times the combination, c = 4 or 1/4",
     (Op.COMBINE,),
     "a sign or a root taken of one weight only shows where all weights grow",
+    concerns=sums,
 )
 def homogeneous(stage: Stage) -> Measurement | None:
     """Combine with the weights and with four times (or a quarter of) them: roots and scalings are exact then."""
@@ -168,6 +191,8 @@ def homogeneous(stage: Stage) -> Measurement | None:
     "the order of the adapters does not matter",
     (Op.COMBINE,),
     "the configuration is copied from the first adapter: its options must not reach the others",
+    cases=of_several,
+    concerns=sums,
 )
 def permutation(stage: Stage) -> Measurement | None:
     """Combine in order and in reverse; what drops at random does so at density 1."""
@@ -189,10 +214,12 @@ def _compared(stage: Stage, asked: Combination, other: Combination, factor: floa
             if not one.holds and stage.formula.delta is None:
                 tensor = one.role.partition(":")[2]
                 lost = diagnosis.identity_lost(stage, other, layer, tensor, second[layer][tensor].value, factor * change[tensor].value)
+                short = diagnosis.stored_shorter(stage, layer)
+                lost = lost or (("dtype", f"{short}; {one.note}") if short else None)
                 one = replace(one, symptom=lost[0], note=lost[1]) if lost else one
             elif not one.holds and one.symptom == "numeric" and (short := diagnosis.stored_shorter(stage, layer)):
                 one = replace(one, symptom="dtype", note=f"{short}; {one.note}")
-            elif not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1:
+            elif not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1 and asked.kind.rank == "sum":
                 one = replace(one, symptom="groups")
             elif not one.holds and one.symptom == "numeric" and factor == 1.0 and asked.kind.rank != "chosen":
                 tensor = one.role.partition(":")[2]
@@ -217,6 +244,7 @@ def _changes(stage: Stage, asked: Combination) -> dict[str, combining.Change]:
     (Op.COMBINE,),
     "adapters are combined step by step; what the first step stores must mean what it was",
     kinds=lambda kind, promise: promise is not Promise.UNSPECIFIED,
+    cases=of_several,
 )
 def additive(stage: Stage) -> Measurement | None:
     """Combine all but the last adapter, then that combination with the last."""
@@ -233,4 +261,4 @@ def additive(stage: Stage) -> Measurement | None:
     first = combining.combine(stage, part, "part")
     last = stage.names[asked.members[-1]]
     name = combining.combine(stage, asked.but(members=(0, 0), weights=(1.0, asked.weights[-1])), "whole", (first, last))
-    return _against_sum(stage, asked, name, 2)
+    return _against_sum(stage, asked, name, part)

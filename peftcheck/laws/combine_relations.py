@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import wraps
 
@@ -10,10 +11,12 @@ from torch import Tensor
 
 from peftcheck import combination as combining
 from peftcheck.budgets import combine as budgets
+from peftcheck.case import Case
 from peftcheck.combination import Change, Combination, Declined
-from peftcheck.implementation import Op, Variant
+from peftcheck.implementation import Claim, Op, Promise, Variant
 from peftcheck.law import Measure, law
 from peftcheck.measurement import Measurement, broken, compare
+from peftcheck.oracle import FORMULAS
 from peftcheck.oracle.combination import matrix
 from peftcheck.oracle.form import Site
 from peftcheck.oracle.lowrank import scale
@@ -25,11 +28,57 @@ def combines(variant: Variant) -> bool:
     return bool(variant.combinations)
 
 
-def combining_law(name: str, formula: str, needs: tuple[Op, ...], source: str, kinds=True, structural: bool = False):
-    """Register a law of combinations, with the kinds that it says anything of.
+def sums(variant: Variant) -> bool:
+    """Return whether a sum of the variant's changes is a change of the same kind: not of normalized ones (DoRA)."""
+    kept = any(promise is not Promise.UNSPECIFIED for promise in variant.combinations.values())
+    return combines(variant) and (kept or has_delta(variant))
+
+
+def has_delta(variant: Variant) -> bool:
+    """Return whether the variant combines what it adds to the weight, whatever the weight is."""
+    return combines(variant) and FORMULAS[variant.formula].delta is not None
+
+
+def comparable(variant: Variant, case: Case) -> bool:
+    """Return whether what the case asks for has numbers to compare.
+
+    Factors that are added must agree in rank. Where a method has no delta, what it changes is merged minus base: it
+    must be one that merges.
+    """
+    asked = combining.requested(case)
+    if asked is None:
+        return False
+    if FORMULAS[variant.formula].delta is None:
+        places = [(case.layers[target], adapter) for adapter in case.adapters for target in adapter.targets]
+        return all(variant.claim(Op.MERGE, *place) is Claim.YES for place in places)
+    ranks = {combining.highest_rank(case.adapters[index]) for index in asked.members}
+    return asked.kind.rank != "common" or len(ranks) == 1
+
+
+def of_several(variant: Variant, case: Case) -> bool:
+    """Return the same of cases with two members or more."""
+    asked = combining.requested(case)
+    return asked is not None and len(asked.members) > 1 and comparable(variant, case)
+
+
+def combining_law(
+    name: str,
+    formula: str,
+    needs: tuple[Op, ...],
+    source: str,
+    kinds=True,
+    structural: bool = False,
+    cases: Callable[[Variant, Case], bool] = comparable,
+    concerns: Callable[[Variant], bool] = combines,
+):
+    """Register a law of combinations, with the variants, kinds and cases that it may say anything of.
 
     It says nothing where the library declares no delta and declines, and where there is no adapter to judge.
     """
+
+    def able(variant: Variant, case: Case) -> bool:
+        places = [(case.layers[target], adapter) for adapter in case.adapters for target in adapter.targets]
+        return all(variant.claim(op, *place) is Claim.YES for op in needs for place in places) and cases(variant, case)
 
     def register(measure: Measure) -> Measure:
         @wraps(measure)
@@ -43,7 +92,7 @@ def combining_law(name: str, formula: str, needs: tuple[Op, ...], source: str, k
             except Declined:
                 return None
 
-        law(name, formula, needs, source, structural, combines, kinds)(of_its_kinds)
+        law(name, formula, needs, source, structural, concerns, kinds, cases=able)(of_its_kinds)
         return measure
 
     return register
@@ -54,11 +103,12 @@ def asked_of(stage: Stage) -> Combination | None:
 
     Kinds that add factors have none for unequal ranks: what they do then is the matter of `combine.refuses`.
     """
-    asked = combining.requested(stage.case)
-    if asked is None or combining.promise(stage, asked) is None or not combining.sound(stage, asked):
-        return None
-    ranks = {combining.highest_rank(stage.case.adapters[index]) for index in asked.members}
-    return None if asked.kind.rank == "common" and len(ranks) > 1 and stage.formula.delta is not None else asked
+    if "asked" not in stage.remembered:
+        asked = combining.requested(stage.case)
+        known = asked is not None and combining.promise(stage, asked) is not None
+        clear = known and comparable(stage.variant, stage.case) and combining.sound(stage, asked)
+        stage.remembered["asked"] = asked if clear else None
+    return stage.remembered["asked"]
 
 
 def read(stage: Stage, name: str, layer: str) -> Change:
@@ -99,7 +149,7 @@ def normwise(role: str, found: Tensor, due: Tensor, bound: float) -> Measurement
 def elementwise(layer: str, found: Change, due: dict[str, Tensor], bound: dict[str, Tensor]) -> list[Measurement]:
     """Compare every tensor that is changed or ought to be; what is missing on either side counts as unchanged."""
     measured = []
-    for name in due.keys() | found.keys():
+    for name in sorted(due.keys() | found.keys(), reverse=True):  # the weight before the bias, whatever the hashes
         like = due[name] if name in due else found[name].value
         value = found[name].value if name in found else torch.zeros_like(like)
         allowed = bound.get(name, torch.zeros_like(like))

@@ -10,9 +10,17 @@ import torch
 
 from peftcheck import combination as combining
 from peftcheck import refusal
-from peftcheck.combination import INTO, Combination
-from peftcheck.implementation import Op, Promise
-from peftcheck.laws.combine_relations import asked_of, combining_law, elementwise, misfit, read, values_of
+from peftcheck.case import Case
+from peftcheck.combination import Combination
+from peftcheck.implementation import Op
+from peftcheck.laws.combine_relations import (
+    asked_of,
+    combining_law,
+    comparable,
+    has_delta,
+    misfit,
+    read,
+)
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle.form import Site, machine
 from peftcheck.rounding import judged
@@ -196,7 +204,10 @@ def _survives_alone(stage: Stage, name: str) -> bool:
         stored = Path(folder) / name
         stage.attached.load(stored if stored.is_dir() else Path(folder), "again")
     one, other = stage.attached.adapter_tensors(name), stage.attached.adapter_tensors("again")
-    return one.keys() == other.keys() and all(torch.equal(t.double(), other[key].double()) for key, t in one.items())
+    # but for a rounding to another dtype, which is another matter
+    return one.keys() == other.keys() and all(
+        t.shape == other[key].shape and torch.equal(t.to(other[key].dtype), other[key]) for key, t in one.items()
+    )
 
 
 def _dtypes(tensors: dict[str, torch.Tensor]) -> str:
@@ -208,6 +219,7 @@ def _dtypes(tensors: dict[str, torch.Tensor]) -> str:
     "merging the combined adapter gives base + its delta",
     (Op.COMBINE, Op.MERGE),
     "what is combined is meant to be merged: scale and orientation must survive",
+    cases=lambda variant, case: case.setting("merged") is None and comparable(variant, case),
 )
 def merge(stage: Stage) -> Measurement | None:
     """Combine, activate the result alone, merge it, and compare with the closed form of its own tensors."""
@@ -239,11 +251,18 @@ def _merged(stage: Stage, name: str, site: Site):
     return stage.formula.merge(m, site, stage.base(site.spec.name))
 
 
+def _without_repeats(case: Case) -> bool:
+    members = case.setting("members", ())
+    return len(set(members)) == len(members)
+
+
 @combining_law(
     "combine.activated",
     "activating the sources, each scaled by its weight, adds sum w_i D_i: the reference without cross terms",
     (Op.COMBINE, Op.MERGE, Op.RESCALE),
     "whoever needs the exact sum today can have it this way",
+    concerns=has_delta,
+    cases=lambda variant, case: _without_repeats(case) and comparable(variant, case),
 )
 def activated(stage: Stage) -> Measurement | None:
     """Scale every source by its weight, merge all of them, and compare with base + sum w_i D_i."""
@@ -273,98 +292,3 @@ def activated(stage: Stage) -> Measurement | None:
         for layer, layer_forms in forms.items()
         for key, form in layer_forms.items()
     ])  # fmt: skip
-
-
-@combining_law(
-    "combine.refuses",
-    "a request that means nothing is refused clearly, and leaves no adapter behind",
-    (Op.COMBINE,),
-    "a weight that is missing drops its adapter in silence; a half-made adapter keeps the name from the next attempt",
-    structural=True,
-)
-def refuses(stage: Stage) -> Measurement | None:
-    """Ask for one thing that cannot be had, as the case says which."""
-    asked, request = combining.requested(stage.case), stage.case.setting("request")
-    if asked is not None and combining.needs_refused_delta(stage, asked):
-        request = "no delta"
-    if asked is None or request is None:
-        return None
-    call = _impossible(stage, asked, request)
-    if call is None:
-        return None
-    names, weights, kind, into, options = call
-    before = {key: tensor.detach().clone() for key, tensor in stage.attached.base_tensors().items()}
-    owned = stage.attached.adapter_tensors(into).keys()
-    role = f"request:{request}"
-    try:
-        with torch.no_grad():
-            stage.attached.combine(names, weights, kind, into, **options)
-    except Exception as error:
-        if not refusal.is_library(error, stage.implementation) and not isinstance(error, TypeError):
-            raise
-        if not refusal.is_refusal(error, stage.implementation):
-            place = refusal.where(error, stage.implementation)
-            left = ", and leaves a half-made adapter behind" if _half_made(stage, into, owned) else ""
-            return broken(role, "crash", f"{place}: {error}{left}")
-        if _half_made(stage, into, owned):
-            return broken(role, "left behind", f"refused, but '{into}' is registered: {error}")
-        now = stage.attached.base_tensors()
-        return worst([identical(key, now[key], tensor) for key, tensor in before.items()])
-    if request in ("driver", "no delta"):
-        return NOTHING  # a way to compute that makes no difference; a delta after all, judged like any other
-    if request == "unequal ranks" and combining.promise(stage, asked) is Promise.EXACT and _is_sum(stage, asked, into):
-        return NOTHING  # more than was to be expected
-    return broken(role, "accepted", f"combining with {request} was accepted in silence")
-
-
-def _is_sum(stage: Stage, asked: Combination, name: str) -> bool:
-    for layer in combining.layers(stage, asked):
-        got = read(stage, name, layer)
-        due = values_of(combining.total(stage, asked, layer, combining.plain_machine(stage)))
-        if not worst(elementwise(layer, got, due, combining.exact_bound(stage, asked, layer))).holds:
-            return False
-    return True
-
-
-def _half_made(stage: Stage, into: str, owned) -> bool:
-    if owned:
-        return False
-    return into in stage.attached.adapters() or bool(stage.attached.adapter_tensors(into))
-
-
-def _impossible(stage: Stage, asked: Combination, request: str):
-    """Return names, weights, kind, target and options of the request, or None where it would mean something."""
-    names, weights, options = [stage.names[i] for i in asked.members], list(asked.weights), dict(asked.options)
-    kind, into = asked.name, INTO
-    if request == "unknown kind":
-        if stage.variant.combinations.keys() == {"linear"}:
-            return None  # only one way: there is nothing to name
-        names, weights, kind = (names * 2)[:2], (weights * 2)[:2], "no such kind"
-    elif request == "unknown adapter":
-        names = [*names[:-1], "nobody"]
-    elif request == "fewer weights":
-        if len(names) < 2:
-            return None
-        weights = weights[:-1]
-    elif request == "no adapter":
-        names, weights = [], []
-    elif request == "unequal ranks":
-        ranks = {combining.highest_rank(stage.case.adapters[i]) for i in asked.members}
-        if asked.kind.rank != "common" or len(ranks) < 2:
-            return None
-    elif request == "driver":
-        if asked.kind.rank != "chosen" or len(names) < 2 or torch.cuda.is_available():
-            return None
-        options["svd_driver"] = "gesvd"
-    elif request == "taken name":
-        if len(stage.names) < 2:
-            return None
-        into = stage.names[-1]
-    elif request == "no delta":
-        if len(names) < 2:
-            return None  # of one adapter nothing needs its delta
-    elif request == "no density":
-        if not asked.kind.prunes or len(names) < 2:
-            return None
-        options.pop("density", None)
-    return names, weights, kind, into, options

@@ -12,7 +12,7 @@ from peftcheck import combination as combining
 from peftcheck import combination_diagnosis as diagnosis
 from peftcheck.combination import Combination
 from peftcheck.implementation import Op, Promise
-from peftcheck.laws.combine_relations import agree, asked_of, combining_law, normwise, read
+from peftcheck.laws.combine_relations import agree, asked_of, combining_law, has_delta, normwise, of_several, read
 from peftcheck.measurement import Measurement, compare, worst
 from peftcheck.oracle.combination import DENSE, KINDS, Kind, drops, tail
 from peftcheck.rounding import Bounded
@@ -32,9 +32,9 @@ def best_rank(stage: Stage) -> Measurement | None:
     if asked is None or combining.promise(stage, asked) is not Promise.BEST_RANK or "svd_clamp" in asked.options:
         return None
     name = combining.combine(stage, asked)
+    combined = {layer: read(stage, name, layer) for layer in combining.layers(stage, asked)}
     found = []
-    for layer in combining.layers(stage, asked):
-        got = read(stage, name, layer)
+    for layer, got in combined.items():  # a diagnosis combines anew: everything has been read by then
         for key, target in combining.total(stage, asked, layer).items():
             value = got[key].value if key in got else torch.zeros_like(target.value)
             least = tail(target.value, combining.rank_of(stage, asked)) if key == "weight" else 0.0
@@ -72,8 +72,7 @@ def _cause(
     symptom, note = diagnosis.wrong_alone(stage, asked, layer, key) or scaled
     size = float(torch.linalg.vector_norm(target.value))
     optimum = f"the best of rank {combining.rank_of(stage, asked)} is off by {least / size:.2g}" if size else ""
-    text = "; ".join(part for part in (note, optimum, diagnosis.repair(stage, asked), one.note) if part)
-    return replace(one, symptom=symptom, note=text)
+    return diagnosis.repaired(stage, asked, replace(one, symptom=symptom), note, optimum)
 
 
 @combining_law(
@@ -82,6 +81,7 @@ def _cause(
     (Op.COMBINE,),
     "TIES, DARE and magnitude pruning are defined on task vectors: of the factors they prune something else",
     kinds=lambda kind, promise: promise is Promise.UNSPECIFIED,
+    concerns=has_delta,
 )
 def defined(stage: Stage) -> Measurement | None:
     """Compare with the paper's definition in fp64; what is truncated as well, by the least error of that rank."""
@@ -98,17 +98,19 @@ def defined(stage: Stage) -> Measurement | None:
         if not layers:
             return None
     name = combining.combine(stage, asked)
+    combined = {layer: read(stage, name, layer) for layer in layers}
     found = []
-    for layer in layers:
-        got = read(stage, name, layer)
+    for layer, got in combined.items():  # a diagnosis combines anew: everything has been read by then
         value = got["weight"].value
         one = _dropped(stage, asked, layer, value) if random else _pruned(stage, asked, layer, value)
         if not one.holds and len(asked.members) == 1:
             note = "one adapter alone was scaled, neither pruned nor truncated"
             one = replace(one, symptom="one adapter", note=f"{note}; {one.note}")
         elif not one.holds and asked.kind.rank == "common" and one.symptom == "numeric":
-            note = "the factors were pruned and combined, not the deltas"
-            one = replace(one, symptom="factors", note=f"{note}; {one.note}")
+            ways = diagnosis.unpruned_factors(stage, asked, layer)
+            told = [f"the factors were {'pruned and combined' if asked.density < 1 else 'combined'}, not the deltas"]
+            told += ["repair: " + ", ".join(way.words() for way in ways)] if ways else []
+            one = replace(one, symptom="factors", note="; ".join([*told, one.note]), repairs=ways)
         found.append(one)
     return worst(found)
 
@@ -176,6 +178,8 @@ def _dropped(stage: Stage, asked: Combination, layer: str, value: Tensor) -> Mea
     (Op.COMBINE,),
     "DARE's expectation is the dense sum only if what is kept is divided by the share that is kept",
     kinds=lambda kind, promise: KINDS[kind] == Kind("random", False, "chosen"),
+    cases=lambda variant, case: len(case.adapters) > 1 and case.setting("density", 1.0) < 1,
+    concerns=has_delta,
 )
 def expectation(stage: Stage) -> Measurement | None:
     """Drop from one adapter several times, with seeds that follow from the case, and compare the mean with the sum.
@@ -238,6 +242,7 @@ def density_one(stage: Stage) -> Measurement | None:
     (Op.COMBINE,),
     "the threshold is a quantile: at 1 all values are within it",
     kinds=lambda kind, promise: KINDS[kind].rank == "chosen",
+    cases=of_several,
 )
 def clamp(stage: Stage) -> Measurement | None:
     """Combine with the threshold at the largest value, and without threshold."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftcheck import combination as combining
-from peftcheck import engine, law, values
+from peftcheck import engine, law, selection, suite, values
 from peftcheck.budgets import combine as budgets
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep, decode, encode
 from peftcheck.errors import UsageError
@@ -31,7 +31,8 @@ from peftcheck.oracle.combination import (
     trimmed,
 )
 from peftcheck.outcome import PASS, SKIP, VIOLATION
-from peftcheck.rounding import EXACT_FP64, Arithmetic, Bounded, leaf
+from peftcheck.rounding import DTYPES, EXACT_FP64, Arithmetic, Bounded, leaf
+from peftcheck.session import Session, Settings
 
 AR = Arithmetic(EXACT_FP64)
 REFERENCE = Reference()
@@ -328,3 +329,73 @@ def test_peft_keeps_the_definition_where_it_is_computed_on_deltas(peft, kind):
     outcomes = {o.law: o for o in engine.check(peft, case, law.laws("combine.definition", "combine.best_rank", "combine.linear"))}
     broken = {name for name, outcome in outcomes.items() if outcome.failed}
     assert broken == ({"combine.definition"} if KINDS[kind].rank == "common" else set())
+
+
+# cells that take turns
+
+
+def test_dtypes_take_turns_and_as_many_seeds_visit_every_cell():
+    laws = law.laws("combine.single", "merge.oracle")
+    every = suite.cells(REFERENCE, laws, suite.Filters())
+    turns = frozenset({"combine"})
+    found = [selection.in_turn(every, REFERENCE, turns, seed) for seed in range(8)]
+    kinds = [[cell for cell in one if cell.kind] for one in found]
+    assert set().union(*found) == set(every)
+    assert set().union(*kinds[:4]) == {cell for cell in every if cell.kind}  # the reference promises something of each
+    assert all(4 * len(one) == len([cell for cell in every if cell.kind]) for one in kinds)
+    for one in found:
+        assert [cell for cell in one if not cell.kind] == [cell for cell in every if not cell.kind]
+    assert {(cell.kind, cell.sweep.dtype) for cell in kinds[0]} == {(cell.kind, d) for cell in kinds[0] for d in DTYPES}
+
+
+def test_kinds_without_a_promise_pause_every_other_time(peft):
+    every = suite.cells(peft, law.laws("combine.single"), suite.Filters(variant=("lora",)))
+    found = [selection.in_turn(every, peft, frozenset({"combine"}), seed) for seed in range(8)]
+    assert set().union(*found) == set(every)
+    for kind, share in (("cat", 4), ("ties", 8)):
+        own = [cell for cell in every if cell.kind == kind]
+        assert share * sum(cell in one for one in found for cell in own) == 8 * len(own)
+
+
+def test_a_filter_moves_no_turn_but_one_on_dtypes_lifts_them():
+    laws = law.laws("combine.single")
+    every = selection.in_turn(suite.cells(REFERENCE, laws, suite.Filters()), REFERENCE, frozenset({"combine"}), 0)
+    narrow = suite.cells(REFERENCE, laws, suite.Filters(variant=("lora",), layer=("linear",), kind=("cat",)))
+    assert selection.in_turn(narrow, REFERENCE, frozenset({"combine"}), 0) == [cell for cell in every if cell in narrow]
+    filters = suite.Filters(law=("combine.single",), layer=("linear",), kind=("cat",), variant=("lora",))
+    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=filters)).cells) == 1
+    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=replace(filters, dtype=("float*",)))).cells) == 3
+
+
+# laws that a method has no meaning for, and false alarms that must not come back
+
+
+def test_normalized_changes_are_not_asked_to_add_up(peft):
+    dora = peft.variants()["lora.dora"]
+    concerned = {one.name for one in law.laws("combine.*") if one.concerns(dora)}
+    silent = {"cancel", "homogeneous", "permutation", "activated", "definition", "expectation", "cross_term_free"}
+    assert not concerned & {f"combine.{name}" for name in silent}
+    assert {"combine.single", "combine.rank", "combine.reload", "combine.merge"} <= concerned
+    case = combination_case(dora, Sweep("peft", "lora.dora", "conv2d", "float32"), "cat", 0, 1)
+    spec = LayerSpec("proj", "conv2d", 4, 4, kernel=(1, 1), stride=(1, 1), dilation=(1, 1), padding=(0, 0), groups=2, size=(3, 3))
+    grouped = replace(case, layers=(spec,), adapters=tuple(replace(a, targets=(0,), rank=2) for a in case.adapters))
+    assert {o.status for o in engine.check(peft, grouped, law.laws("combine.single", "combine.merge"))} == {SKIP}
+
+
+def test_a_first_step_may_be_off_by_its_own_rounding(peft):
+    case = the_case("svd", (0.0, -1.0, 1.0), svd_rank=4, members=(0, 1, 1))
+    case = replace(case, adapters=case.adapters[:2])
+    assert check(peft, case, "combine.additive").status == PASS
+
+
+# what repairs a violation
+
+
+def test_repairs_are_measured_on_the_violating_case(peft):
+    for weights in ((1.0, -1.0), (2.0, -1.0, 0.5)):
+        cat, svd = check(peft, the_case("linear", weights), "combine.linear").measurement.repairs
+        assert (cat.kind, cat.rank, cat.instead) == ("cat", 4 * len(weights), 4) and cat.error < 1e-15
+        assert (svd.kind, svd.rank, svd.instead) == ("svd", 4 * len(weights), 4) and 1e-9 < svd.error < 1e-5
+    (twin,) = check(peft, the_case("ties", (1.0, -1.0), density=0.5), "combine.definition").measurement.repairs
+    assert (twin.kind, twin.rank) == ("ties_svd", 12) and twin.error < 1e-5
+    assert check(peft, the_case("cat", (1.0, -1.0)), "combine.linear").measurement.repairs == ()

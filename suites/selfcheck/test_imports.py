@@ -25,7 +25,7 @@ ORDER = """
     law laws engine
     implementations
     shrink ledger_file ledger repro
-    record joining summary diff report_quantized report_html report_markdown report_junit report_index report terminal
+    record joining summary diff report_combinations report_quantized report_html report_markdown report_junit report_index report terminal
     watchdog faults selection quantized_cost suite session bench listing checkpoint_table closing
     plugin __init__ running conformance cli
 """.split()

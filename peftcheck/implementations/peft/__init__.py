@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 
 import peft
@@ -20,6 +21,8 @@ from peftcheck.implementations.peft.quantization import with_quantizers
 from peftcheck.implementations.peft.script import spelling
 from peftcheck.implementations.peft.whole_models import as_users_write, with_models
 from peftcheck.spelling import Spelling
+
+_CASTS_ON_REQUEST = "autocast_adapter_dtype" in signature(PeftModel.add_adapter).parameters  # since 0.19
 
 
 class Peft:
@@ -57,7 +60,8 @@ class Peft:
             def add(model: PeftModel, adapter: AdapterSpec) -> None:
                 given = config(adapter)
                 method.before(model.base_model.model, given, adapter.name, case)
-                model.add_adapter(adapter.name, given, autocast_adapter_dtype=autocast)
+                cast = {"autocast_adapter_dtype": autocast} if _CASTS_ON_REQUEST else {}
+                model.add_adapter(adapter.name, given, **cast)
                 method.after(model, given, adapter.name, case)
 
             attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole)

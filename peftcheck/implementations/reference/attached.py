@@ -276,6 +276,9 @@ class ReferenceAttached:
             raise ValueError(
                 f"{len(adapters)} adapters and {len(weights)} weights cannot be combined into '{into}'"
             )
+        # the rank that an SVD keeps by default is the largest of any member, on layers without it too
+        ranks = [getattr(wrapper[own], "rank", 0) for _, wrapper in self._wrappers() for own in adapters if own in wrapper]
+        rank = options.get("svd_rank") or max(ranks, default=0)
         made = {}
         for name, wrapper in self._wrappers():
             pairs = [(wrapper[own], w) for own, w in zip(adapters, weights, strict=True) if own in wrapper]
@@ -283,7 +286,7 @@ class ReferenceAttached:
                 raise ValueError(f"cannot combine into '{into}': only LoRA adapters add up")
             if pairs:
                 parts, own = zip(*pairs, strict=True)
-                made[name] = combined(wrapper.layer, parts, own, kind, into, options.get("svd_rank"))
+                made[name] = combined(wrapper.layer, parts, own, kind, into, rank)
         self._install(made)
 
     def save(self, folder: Path, adapters: Sequence[str]) -> None:

@@ -21,21 +21,20 @@ def combined(
     weights: Sequence[float],
     kind: str,
     into: str,
-    rank: int | None,
+    rank: int,
 ) -> LowRank:
     """Return a new adapter of scale 1 whose delta is the weighted sum of the parts' deltas.
 
     'cat' stacks the factors, each part's weight and scale in its A: exact, at the sum of the ranks. 'linear' stores
     the summed delta itself beside an identity: exact, at full rank. 'svd' keeps the best approximation of `rank`
-    (else the largest rank of the parts) by a truncated singular value decomposition in fp64. Raises ValueError
+    by a truncated singular value decomposition in fp64. Raises ValueError
     for any other kind and where a grouped convolution has no delta to sum.
     """
     if kind == "cat":
         a, b = _stacked(layer, parts, weights)
     elif kind in KINDS:
         total = sum(w * part.product(layer) for part, w in zip(parts, weights, strict=True))
-        largest = max(part.rank for part in parts) if rank is None else rank
-        a, b = _with_identity(total) if kind == "linear" else _truncated(total, largest)
+        a, b = _with_identity(total) if kind == "linear" else _truncated(total, rank)
     else:
         raise ValueError(f"unknown combination '{kind}': choose from {', '.join(KINDS)}")
     first = parts[0]

@@ -74,10 +74,10 @@ def _targets(rng, variant: Variant, layers: Sequence[LayerSpec], blueprint, sett
     linear = [i for i in able if layers[i].kind in LINEAR]
     if blueprint.task == "CAUSAL_LM":
         linear = [i for i in linear if layers[i].name != blueprint.head]
-    if spelling == "all-linear" and linear and settings["blocks"] < 3:
-        return tuple(linear)
     groups = [found for ends in blueprint.groups if (found := _ending(layers, able, ends))]
-    found = rng.choice(groups) if groups else able or list(_ending(layers, range(len(layers)), blueprint.groups[0]))
+    if spelling == "all-linear" and linear and groups and settings["blocks"] < 3:
+        return tuple(linear)
+    found = rng.choice(groups) if groups else _ending(layers, range(len(layers)), blueprint.groups[0])
     blocks = range(settings["blocks"])
     if spelling == "blocks" or len(blocks) > 2:  # one of eleven, so that its number begins another's
         block = rng.choice(blocks[:2])

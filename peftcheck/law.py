@@ -10,9 +10,11 @@ from importlib.metadata import entry_points
 from peftcheck.case import Case, Sweep
 from peftcheck.implementation import Op, Promise, Variant
 from peftcheck.measurement import Measurement
+from peftcheck.rounding import DTYPES
 from peftcheck.stage import Stage
 
 GROUP = "peftcheck.laws"
+EVERY_DTYPE = frozenset(DTYPES)
 Measure = Callable[[Stage], Measurement | None]
 
 
@@ -40,6 +42,7 @@ class Law:
     of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
     `on`: whether it is asked of layers alone, of whole models, or of both.
     `cases` tells, before anything is built, which cases can say anything about the law: building costs more than asking.
+    `quick`: the dtypes in which the quick profile runs it, fewer than all where a verdict hangs on logic, not rounding.
     """
 
     name: str
@@ -54,6 +57,7 @@ class Law:
     refuses: Op = Op.MERGE
     on: str = "layers"  # "layers", "models" or "both"
     cases: Callable[[Variant, Case], bool] = _every_case
+    quick: frozenset[str] = EVERY_DTYPE
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""
@@ -80,13 +84,14 @@ def law(
     refuses: Op = Op.MERGE,
     on: str = "layers",
     cases: Callable[[Variant, Case], bool] = _every_case,
+    quick: frozenset[str] = EVERY_DTYPE,
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases, quick)
         return measure
 
     return register

@@ -55,9 +55,11 @@ class Profile:
     quantizers: tuple[str, ...] = ("*",)
     turns: frozenset[str] = frozenset()
 
-    def takes(self, cell: Cell, filters: Filters) -> bool:
+    def takes(self, cell: Cell, law: Law, filters: Filters) -> bool:
         """Return whether the profile runs a cell that the filters admit."""
         sweep = cell.sweep
+        if self.name == "quick" and not filters.dtype and sweep.dtype not in law.quick:
+            return False
         if not filters.law and {cell.law, cell.law.partition(".")[0]} & self.leaves:
             return False
         if sweep.quantizer is not None and not (filters.law or filters.quantizer):

@@ -112,7 +112,7 @@ class Session:
         filters = suite.validated(settings.filters, self.implementation, tuple(self.laws.values()))
         found = suite.cells(self.implementation, tuple(self.laws.values()), filters)
         profile = suite.PROFILES[settings.profile]
-        found = [cell for cell in found if profile.takes(cell, filters)]
+        found = [cell for cell in found if profile.takes(cell, self.laws[cell.law], filters)]
         if not filters.dtype:
             found = selection.in_turn(found, self.implementation, profile.turns, settings.seed)
         self.cells = _shard(found, settings.shard)

@@ -166,7 +166,7 @@ class _Walk:
         changed = True
         while changed and self.checks < self.limit:
             changed = False
-            for reduction in reductions.of(best):
+            for reduction in reductions.of(best, self.law.name):
                 while (smaller := self._first(best, reduction(best, self.variant))) is not None:
                     best, changed = smaller, True
                     self.visited.add(encode(best, ""))
@@ -178,7 +178,7 @@ class _Walk:
 
     def _reseeded(self, best: Case) -> Case | None:
         """Return the first candidate that fails alike under another seed."""
-        for reduction in reductions.of(best):
+        for reduction in reductions.of(best, self.law.name):
             for candidate in reduction(best, self.variant):
                 for seed in SEEDS:
                     if candidate.shrinks and self.shows(self.fitted(replace(candidate.case, values=seed))):
@@ -188,7 +188,7 @@ class _Walk:
     def steps(self, best: Case) -> tuple[str, ...]:
         """Return what holds one step below the best case, in words; only what was seen to hold."""
         found: list[str] = []
-        for reduction in reductions.of(best):
+        for reduction in reductions.of(best, self.law.name):
             for candidate in reduction(best, self.variant):
                 case = self.fitted(candidate.case)
                 if case == best or not candidate.words:

@@ -6,13 +6,13 @@ implementation and a real library alike. A fault that survives, or a law that ca
 
 from __future__ import annotations
 
-from peftcheck.faults import combining, keeping, merging, outputs, quantizing, refusing, safe_merging, stating, structure, training
+from peftcheck.faults import combining, keeping, merging, outputs, quantizing, refusing, safe_merging, sequencing, stating, structure, training
 from peftcheck.faults.fault import Fault, Faulty, Port, replacing
 from peftcheck.faults.matrix import FaultResult, idle, kill_matrix, records
 
 FAULTS: tuple[Fault, ...] = tuple(
     fault
-    for module in (outputs, merging, keeping, safe_merging, refusing, combining, quantizing, stating, structure, training)
+    for module in (outputs, merging, keeping, safe_merging, refusing, combining, quantizing, sequencing, stating, structure, training)
     for fault in module.FAULTS
 )
 

@@ -13,6 +13,7 @@ from peftcheck.oracle import FORMULAS
 from peftcheck.reductions.candidate import Candidate, Reduction, smaller
 from peftcheck.reductions.layer import layer_fields
 from peftcheck.reductions.model import fewer_blocks, plain_model
+from peftcheck.reductions.steps import fewer_steps
 
 _LAYER_NAMES = ("a", "b", "c", "d", "e", "f", "g", "h")
 _ADAPTER_NAMES = ("default", "second", "third", "fourth")
@@ -190,6 +191,8 @@ def extra(case: Case, variant: Variant) -> list[Candidate]:
     """Leave out what a single law asked for, or make it simpler."""
     found = []
     for key, value in case.extra:
+        if key == "steps":
+            continue
         rest = tuple(item for item in case.extra if item[0] != key)
         found.append(Candidate(replace(case, extra=rest), f"without {key} it holds"))
         for simpler in _simpler(value):
@@ -241,6 +244,11 @@ MODEL_REDUCTIONS: tuple[Reduction, ...] = (
 """The same where the layers are those of a whole model, and cannot be changed one by one."""
 
 
-def of(case: Case) -> tuple[Reduction, ...]:
-    """Return the reductions for a case."""
-    return MODEL_REDUCTIONS if case.whole else REDUCTIONS
+PLAYED = ("state.sequence",)
+"""The laws that play the case's program: only there do its steps matter."""
+
+
+def of(case: Case, law: str) -> tuple[Reduction, ...]:
+    """Return the reductions for a case and a law."""
+    own = MODEL_REDUCTIONS if case.whole else REDUCTIONS
+    return (fewer_steps, *own) if law in PLAYED else own

@@ -19,9 +19,9 @@ ORDER = """
     rounding rounding_linalg processor calibration
     case where issue values transformer_models models targets
     implementation spelling refusal
-    oracle budgets reductions quantizers
+    oracle budgets programs reductions quantizers
     measurement architecture memento outcome
-    generator_model generator stage checkpoint training combination combination_diagnosis generator_combine
+    generator_model generator stage checkpoint sequence operations training combination combination_diagnosis generator_combine
     law laws engine
     implementations
     shrink ledger_file ledger repro

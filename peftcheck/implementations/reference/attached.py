@@ -168,6 +168,8 @@ class ReferenceAttached:
         """
         if adapters is not None:
             self._known(adapters)
+        if not all(wrapper.enabled for _, wrapper in self._wrappers()):
+            raise ValueError("cannot merge while adapters are disabled: enable them first")
         plan = []
         for _, wrapper in self._wrappers():
             names = wrapper.active if adapters is None else dict.fromkeys(adapters)
@@ -227,7 +229,10 @@ class ReferenceAttached:
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """Give the base back for a while: what is merged is unmerged on the way in and merged again on the way out."""
+        """Give the base back for a while: what is merged is unmerged on the way in and merged again on the way out.
+
+        Meanwhile nothing can be merged; what is deleted meanwhile stays away.
+        """
         merged = self.merged()
         self.unmerge()
         self._enable(False)
@@ -237,8 +242,9 @@ class ReferenceAttached:
             self._enable(True)
             with torch.no_grad(), torch.autocast("cpu", enabled=False):
                 for name, wrapper in self._wrappers():
-                    wrapper.write(wrapper.merging(merged[name], safe=False))
-                    wrapper.merged.extend(merged[name])
+                    again = [adapter for adapter in merged.get(name, ()) if adapter in wrapper]
+                    wrapper.write(wrapper.merging(again, safe=False))
+                    wrapper.merged.extend(again)
 
     def _enable(self, enabled: bool) -> None:
         for _, wrapper in self._wrappers():

@@ -1,0 +1,339 @@
+"""Sequences of operations on an attached model, and the dozen lines that say what must be true after each.
+
+The expectation is kept outside the library: per layer the stack of what is merged and the weights at each level of
+it, the active adapters, their scales, whether they are disabled. What the library's bookkeeping calls merged must be
+merged, what it calls unmerged must be the base again, and whatever an operation has no business with must be
+bit-equal to what stood there before.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from peftcheck import budgets, refusal
+from peftcheck.case import AdapterSpec
+from peftcheck.implementation import Inverts, Op
+from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
+from peftcheck.oracle import Base, Site
+from peftcheck.oracle.layers import layer_output
+from peftcheck.rounding import Bounded, judged, leaf
+from peftcheck.stage import Stage
+
+NEEDS: dict[str, tuple[Op, ...]] = {
+    "forward": (Op.FORWARD,),
+    "activate": (),
+    "merge": (Op.MERGE, Op.UNMERGE),
+    "unmerge": (Op.MERGE, Op.UNMERGE),
+    "disable": (Op.DISABLED,),
+    "enable": (Op.DISABLED,),
+    "rescale": (Op.RESCALE,),
+    "delete": (Op.DELETE,),
+    "add": (Op.DELETE, Op.ADD),
+    "save": (Op.SAVE, Op.LOAD, Op.DELETE),
+    "load": (Op.SAVE, Op.LOAD, Op.DELETE),
+    "train": (Op.FORWARD,),
+    "unload": (Op.UNLOAD,),
+    "export": (Op.EXPORT,),
+}
+IGNORED = "active adapter ignored while another is merged"
+
+
+# What is done while something is merged, the likelier cause of what is seen later last.
+_ODD = ("merge", "activate", "save", "disable", "add", "load", "delete", "rescale", "export", "unload")
+
+
+def _rank(oddity: str) -> int:
+    return _ODD.index(oddity.partition(" ")[0]) if oddity.partition(" ")[0] in _ODD else -1
+
+
+@dataclass
+class Stack:
+    """What is merged into a layer: the sites in order, and the layer's tensors before, between and after them."""
+
+    levels: list[Base]
+    sites: list[Site] = field(default_factory=list)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the merged adapters, in order."""
+        return tuple(site.adapter.name for site in self.sites)
+
+    @property
+    def top(self) -> Base:
+        """The layer's tensors as they must be now."""
+        return self.levels[-1]
+
+
+class Play:
+    """One sequence on a stage. `numeric`: compare with closed forms too, not only with what stood there before.
+    `partial`: judge outputs also where some of the active adapters are merged and others are not.
+
+    A context manager: leaving it enables what was disabled and removes what was saved.
+    """
+
+    def __init__(self, stage: Stage, numeric: bool = True, partial: bool = True) -> None:
+        self.stage = stage
+        self.numeric = numeric
+        self.partial = partial
+        self.specs: tuple[AdapterSpec, ...] = stage.case.adapters
+        self.present = list(stage.names)
+        self.active: tuple[str, ...] | None = stage.names
+        self.factors = dict.fromkeys(stage.names, 1.0)
+        self.stacks = {name: Stack([stage.base(name)]) for name in stage.targeted}
+        self.off: ExitStack | None = None
+        self.before_off: dict[str, tuple[str, ...]] = {}
+        self.saved: dict[str, tuple[Path, dict[tuple[str, str], Tensor]]] = {}
+        self.steps: list[str] = []
+        self.oddity = ""  # what was last done while something was merged, until an unmerge has shown it harmless
+        self.over = False
+        self._above: tuple[tuple, list[Base]] | None = None
+        self._back: tuple[Base, list[AdapterSpec], dict[str, Tensor]] | None = None
+        self.exits = ExitStack()
+        self.held: dict[str, Tensor] = {}
+        self.marks = self._marks()
+        self.adapters: dict[str, dict[tuple[str, str], Tensor]] = {}
+        self.hold()
+
+    def __enter__(self) -> Play:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.off is not None:
+            self.off.close()
+        self.exits.close()
+
+    # what is
+
+    @cached_property
+    def folder(self) -> Path:
+        """A folder to save to, gone when the play is."""
+        return Path(self.exits.enter_context(tempfile.TemporaryDirectory()))
+
+    @property
+    def merged(self) -> bool:
+        """Whether anything is merged anywhere."""
+        return any(stack.sites for stack in self.stacks.values())
+
+    def name(self, index: int) -> str:
+        return self.specs[index % len(self.specs)].name
+
+    def site(self, adapter: str, name: str) -> Site | None:
+        """Return an adapter on a layer as it is now, scaled as it was last rescaled; None where it is not there."""
+        index = self.stage.names.index(adapter)
+        if adapter not in self.present or index not in self.stage.adapters_on(name):
+            return None
+        site = self.stage.site_of(index, name, self.adapters[adapter])
+        return replace(site, adapter=replace(site.adapter, alpha=site.adapter.alpha * self.factors[adapter]))
+
+    def above(self, stack: Stack, sites: Sequence[Site]) -> list[Base]:
+        """Return the levels that come on top of a stack when sites are merged in order."""
+        key = (id(stack.levels[0]), id(stack.top), stack.names, tuple((site.adapter, id(self.adapters[site.adapter.name])) for site in sites))
+        if self._above is not None and self._above[0] == key:
+            return list(self._above[1])
+        form, m, levels = self.stage.formula, self.stage.machine, list(stack.levels)
+        for count in range(1, len(sites) + 1):
+            if form.merge_many is not None:
+                changed = form.merge_many(m, [*stack.sites, *sites[:count]], levels[0])
+            else:
+                changed = form.merge(m, sites[count - 1], levels[-1])
+            levels.append({**levels[-1], **changed})
+        self._above = (key, levels[len(stack.levels) :])
+        return list(self._above[1])
+
+    def _marks(self) -> dict[str, tuple]:
+        return {key: (t.dtype, t.shape, t.requires_grad) for key, t in self.stage.attached.base_tensors().items()}
+
+    def hold(self, touched: Collection[str] | None = None) -> None:
+        """Take what stands now for what must still stand after the next step; of the base what was touched, or all."""
+        for key, tensor in self.stage.attached.base_tensors().items():
+            if touched is None or key in touched:
+                self.held[key] = tensor.detach().clone()
+        for name in self.present:
+            if name not in self.adapters:
+                own = self.stage.attached.adapter_tensors(name)
+                self.adapters[name] = {key: tensor.detach().clone() for key, tensor in own.items()}
+
+    # judging
+
+    def can(self, kind: str) -> bool:
+        """Return whether the library claims what a step of this kind needs."""
+        stage = self.stage
+        if not stage.can(*NEEDS.get(kind, ())):
+            return False
+        if kind in ("merge", "unmerge", "export"):
+            return stage.finite and stage.variant.inverts is not Inverts.NEVER
+        return not (kind == "add" and stage.variant.rewrites_base)
+
+    def named(self, found: Measurement, kind: str) -> Measurement:
+        """Return what does not hold, named after its likeliest cause, with the steps that led there."""
+        cause = "" if found.symptom == IGNORED else f" after {self.oddity or kind}"
+        return replace(found, symptom=found.symptom + cause, note=f"{found.note} ({', '.join(self.steps)})")
+
+    def attempt(self, call: Callable[[], object], what: str, may_refuse: bool) -> bool:
+        """Return whether the library did as it was told; False where it refused what it may refuse."""
+        try:
+            call()
+        except Exception as error:
+            if may_refuse and refusal.is_refusal(error, self.stage.implementation):
+                return False
+            raise
+        if may_refuse and _rank(what) >= _rank(self.oddity):
+            self.oddity = what
+        return True
+
+    def settle(self, *choices: dict[str, tuple[str, ...]]) -> Measurement:
+        """Compare bookkeeping and every tensor with what must be, layer by layer, and take them for granted then.
+
+        `choices`: what may be merged where, by what the operation was and what it may do on its way.
+        """
+        said = self.stage.attached.merged()
+        tensors = self.stage.attached.base_tensors()
+        found: list[Measurement] = []
+        touched: set[str] = set()
+        for name, stack in self.stacks.items():
+            now = said.get(name, ())
+            if now not in [choice[name] for choice in choices]:
+                due = choices[0][name]
+                return broken(f"{name}:module", "bookkeeping", f"the library says {now} is merged into {name}, due is {due}")
+            if now == stack.names:
+                continue
+            forms, room = self.moved(name, stack, now)
+            for tensor, budget in room.items():
+                touched |= self.sharing(f"{name}.{tensor}")
+                if self.numeric:
+                    found.append(compare(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], forms[tensor].value, budget))
+        found += self._bystanders(tensors, touched)
+        found += self._unchanged_adapters()
+        self.hold(touched)
+        for name in {key.rpartition(".")[0] for key in touched} & self.stacks.keys():
+            self._anchor(name)
+        return worst(found)
+
+    def _bystanders(self, tensors: dict[str, Tensor], touched: Collection[str]) -> Iterator[Measurement]:
+        for key, (dtype, shape, trained) in self.marks.items():
+            if key not in tensors:
+                yield broken(f"{key}:module", "lost", f"{key} is gone")
+            elif (now := (tensors[key].dtype, tensors[key].shape, tensors[key].requires_grad)) != (dtype, shape, trained):
+                yield broken(f"{key}:module", "marks", f"{key} is {now}, was {(dtype, shape, trained)}")
+            elif key not in touched and not torch.equal(tensors[key], self.held[key]):
+                yield identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], self.held[key])
+
+    def sharing(self, key: str) -> set[str]:
+        """Return the tensors that share storage with one, itself included."""
+        name, _, tensor = key.rpartition(".")
+        tied = {f"{spec.name}.weight" for spec in self.stage.case.layers if tensor == "weight" and name in (spec.tied, spec.name)}
+        return {key} | tied
+
+    def moved(self, name: str, stack: Stack, now: tuple[str, ...]) -> tuple[Base, dict[str, Tensor]]:
+        """Move a stack to what is merged now; return the tensors that change and how far each may be off."""
+        m, kept = self.stage.machine, len(stack.sites)
+        if now[:kept] == stack.names:
+            sites = [site for adapter in now[kept:] if (site := self.site(adapter, name)) is not None]
+            levels = self.above(stack, sites)
+            room = {t: judged(form, machine=m.base.store) for t, form in levels[-1].items() if form is not stack.top.get(t)}
+            stack.levels += levels
+            stack.sites += sites
+            return stack.top, room
+        kept = len(now)
+        bottom, room = stack.levels[kept], self.way_back(stack.levels[kept], stack.sites[kept:])
+        del stack.levels[kept + 1 :], stack.sites[kept:]
+        return bottom, room
+
+    def way_back(self, bottom: Base, sites: Sequence[Site]) -> dict[str, Tensor]:
+        """Return how far merging sites onto these tensors and unmerging them may move each of them."""
+        if self._back is not None and self._back[0] is bottom and self._back[1] == [site.adapter for site in sites]:
+            return self._back[2]
+        stage, m = self.stage, self.stage.machine
+        room = budgets.roundtrip(m, stage.formula, sites, bottom)
+        for bound in stage.variant.documented:
+            for tensor, extra in budgets.DOCUMENTED[bound](m, stage.formula, sites, bottom, 1).items():
+                room[tensor] = room.get(tensor, 0.0) + extra
+        if stage.variant.inverts is Inverts.EXACT:
+            room = {tensor: torch.zeros_like(budget) for tensor, budget in room.items()}
+        self._back = (bottom, [site.adapter for site in sites], room)
+        return room
+
+    def _anchor(self, name: str) -> None:
+        """Take the tensors that stand there for the top of a layer's stack: errors do not add up over the steps."""
+        stack = self.stacks[name]
+        stack.levels[-1] = {tensor: self._leaf(f"{name}.{tensor}") for tensor in stack.top}
+
+    def _leaf(self, key: str) -> Bounded:
+        return leaf(self.held[key], self.stage.machine.exact)
+
+    def _unchanged_adapters(self) -> Iterator[Measurement]:
+        for name, tensors in self.adapters.items():
+            if name not in self.present:
+                continue
+            now = self.stage.attached.adapter_tensors(name)
+            if now.keys() != tensors.keys():
+                lost = sorted(now.keys() ^ tensors.keys())[0]
+                yield broken(f"{lost[0]}:{lost[1]} of the adapter", "lost", f"the tensors of '{name}' are not those that it had: {lost}")
+                continue
+            for (site, role), tensor in tensors.items():
+                if now[site, role].dtype != tensor.dtype or not torch.equal(now[site, role], tensor):
+                    yield identical(f"{site}:{role} of the adapter", now[site, role], tensor)
+
+    def outputs(self, outputs: Sequence[Tensor]) -> Measurement:
+        """Compare the outputs of the model with what each layer must give now."""
+        stage, found = self.stage, []
+        if not stage.outputs_count or not self.numeric or (self.active is None and self.off is None):
+            return NOTHING
+        for spec, output in zip(stage.case.layers, outputs, strict=True):
+            owner = spec.tied or spec.name
+            if owner not in self.stacks:
+                if not stage.variant.rewrites_base:
+                    found.append(compare(f"{spec.name}:output", output, stage.pristine_outputs[spec.name], torch.zeros((), dtype=torch.float64)))
+                continue
+            if owner != spec.name:
+                continue
+            form = self._output(spec.name)
+            if form is None or not stage.sound(form):
+                continue
+            one = compare(f"{spec.name}:output", output, form.value, judged(form, machine=stage.machine.base.store))
+            if not one.holds and self._ignores(spec.name, output):
+                return broken(f"{spec.name}:output", IGNORED, "an active adapter that is not merged has no part in the output")
+            found.append(one)
+        return worst(found)
+
+    def _output(self, name: str) -> Bounded | None:
+        stage, stack = self.stage, self.stacks[name]
+        x = stage.activation(name, stage.inputs[name])
+        if self.off is not None:
+            return None if stack.sites else layer_output(stage.machine.base, stage.spec(name), stack.top, x)
+        live = self._live(name)
+        if live and stack.sites and not self.partial:
+            return None
+        if live and stack.sites and stage.formula.merge_many is not None:
+            return None  # what an adapter adds to a layer depends there on what is merged below it
+        if live:
+            return stage.formula.forward(stage.machine, live, stack.top, x)
+        return layer_output(stage.machine.base, stage.spec(name), stack.top, x)
+
+    def _live(self, name: str) -> list[Site]:
+        wanted = [adapter for adapter in self.active or () if adapter not in self.stacks[name].names]
+        return [site for adapter in wanted if (site := self.site(adapter, name)) is not None]
+
+    def _ignores(self, name: str, output: Tensor) -> bool:
+        stage, stack = self.stage, self.stacks[name]
+        if not stack.sites or not self._live(name):
+            return False
+        form = layer_output(stage.machine.base, stage.spec(name), stack.top, stage.activation(name, stage.inputs[name]))
+        return compare("", output, form.value, judged(form, machine=stage.machine.base.store)).holds
+
+    def now(self) -> dict[str, tuple[str, ...]]:
+        """Return what is merged where, by the expectation."""
+        return {name: stack.names for name, stack in self.stacks.items()}
+
+    def nothing(self) -> dict[str, tuple[str, ...]]:
+        """Return the state in which nothing is merged anywhere."""
+        return {name: () for name in self.stacks}
+

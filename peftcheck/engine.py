@@ -105,24 +105,26 @@ class Scene:
     def run(self, laws: Sequence[Law]) -> list[Outcome]:
         """Return one outcome per law, each from the same start."""
         with self.watch(self.case, "attach"):
-            self._raise_curtain()
+            self.attach()
         if self.failure is not None:
-            return [self._crashed(law.name, self.failure) for law in laws]
+            return [self.crashed(law.name, self.failure) for law in laws]
         return [self._one(law) for law in laws]
 
-    def _raise_curtain(self) -> None:
+    def attach(self) -> Exception | None:
+        """Build and attach the case, and return what the library raised, if it did."""
         torch.default_generator.manual_seed(self.case.values)
         try:
             self.stage = set_up(self.implementation, self.case)
         except Exception as error:
-            self._library_only(error)
+            self.library_only(error)
             self.failure = error
-            return
+            return error
         try:
             self.memento = Memento(self.stage.attached.roots())
         except Unrestorable:
             self.memento = None
         self.stage.put_back = self._put_back
+        return None
 
     def _put_back(self) -> None:
         """Restore the start; where no memento could be taken, attach anew."""
@@ -143,21 +145,23 @@ class Scene:
             with self.watch(self.case, law.name):
                 measurement = law.measure(stage)
         except Exception as error:
-            self._library_only(error)
-            return self._crashed(law.name, error)
+            self.library_only(error)
+            return self.crashed(law.name, error)
         finally:
             self._put_back()
         if measurement is None:
             return Outcome(law.name, SKIP)
         return judge(law, stage, measurement)
 
-    def _library_only(self, error: Exception) -> None:
+    def library_only(self, error: Exception) -> None:
+        """Raise HarnessError for what is not the library's own error."""
         if isinstance(error, HarnessError):
             raise error
         if not refusal.is_library(error, self.implementation):
             raise HarnessError(f"{type(error).__name__}: {error} on {self.case.words()}") from error
 
-    def _crashed(self, law: str, error: Exception) -> Outcome:
+    def crashed(self, law: str, error: Exception) -> Outcome:
+        """Return the outcome of a law that an error of the library stopped."""
         place = refusal.where(error, self.implementation)
         return Outcome(
             law,

@@ -11,6 +11,8 @@ Step = tuple
 """An operation by name and its arguments: adapters as indices into the case's, switches, factors."""
 
 _WEIGHTS = {"forward": 4, "activate": 3, "merge": 6, "unmerge": 3, "disable": 1, "enable": 1, "rescale": 2, "delete": 2, "add": 2, "save": 1, "load": 1, "train": 1}
+KINDS = (*_WEIGHTS, "unload", "export")
+FACTORS = (0.5, 2.0, 4.0, 1.0)
 LENGTH = 10
 
 
@@ -32,7 +34,7 @@ def draw(rng: random.Random, kind: str, adapters: int) -> Step:
         some = tuple(rng.sample(range(adapters), rng.randint(1, adapters)))
         return (kind, some) if kind == "activate" else (kind, some, rng.random() < 0.4)
     if kind == "rescale":
-        return (kind, rng.randrange(adapters), rng.choice([0.5, 2.0, 4.0, 1.0]))
+        return (kind, rng.randrange(adapters), rng.choice(FACTORS))
     if kind in ("delete", "add", "save", "load"):
         return (kind, rng.randrange(adapters))
     return (kind,)

@@ -114,7 +114,7 @@ def test_a_crash_of_the_fault_itself_is_the_harness_at_fault() -> None:
 def test_a_port_is_put_back_by_a_memento() -> None:
     case = next(suitable(REFERENCE, BY_NAME["unmerge.drifts"], 1))
     stage = engine.Scene(Faulty(REFERENCE, BY_NAME["unmerge.drifts"]), case)
-    stage._raise_curtain()
+    stage.attach()
     port = stage.stage.attached
     memento = Memento(port.roots())
     port.merge()

@@ -23,6 +23,7 @@ ORDER = """
     measurement architecture memento outcome
     generator_model generator stage checkpoint sequence operations training combination combination_diagnosis generator_combine
     law laws engine
+    strategies machine
     implementations
     shrink ledger_file ledger repro
     record joining summary diff report_combinations report_quantized report_html report_markdown report_junit report_index report terminal

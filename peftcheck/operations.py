@@ -173,6 +173,7 @@ def _add(play: Play, index: int) -> Measurement | None:
         return None
     spec = play.specs[play.stage.names.index(name)]
     if play.attempt(lambda: play.stage.attached.add(spec), "add while merged", play.merged):
+        play.stage.attached.train(play.stage.case.train)  # what is new may be in another mode: laws of state say so
         _fill(play, name)
         play.present.append(name)
         play.factors[name] = 1.0
@@ -212,6 +213,7 @@ def _load(play: Play, index: int) -> Measurement | None:
         play.present.append(name)
         play.factors[name] = 1.0
         play.adapters[name] = tensors  # what was saved is what must be there now
+        play.stage.attached.train(play.stage.case.train)
     return play.settle(play.now(), play.nothing())
 
 

@@ -12,6 +12,7 @@ from peftcheck.implementation import Implementation, Promise
 from peftcheck.rounding import DTYPES
 
 if TYPE_CHECKING:
+    from peftcheck.law import Law
     from peftcheck.suite import Cell
 
 

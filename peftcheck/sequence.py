@@ -22,7 +22,7 @@ from peftcheck import budgets, refusal
 from peftcheck.case import AdapterSpec
 from peftcheck.implementation import Inverts, Op
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
-from peftcheck.oracle import Base, Site
+from peftcheck.oracle import Base, Family, Site
 from peftcheck.oracle.layers import layer_output
 from peftcheck.rounding import Bounded, judged, leaf
 from peftcheck.stage import Stage
@@ -202,6 +202,8 @@ class Play:
         touched: set[str] = set()
         for name, stack in self.stacks.items():
             now = said.get(name, ())
+            if self.stage.formula.family is Family.MIXED:  # methods keep books of their own, without a common order
+                now = next((choice[name] for choice in choices if sorted(choice[name]) == sorted(now)), now)
             if now not in [choice[name] for choice in choices]:
                 due = choices[0][name]
                 return broken(f"{name}:module", "bookkeeping", f"the library says {now} is merged into {name}, due is {due}")

@@ -15,6 +15,7 @@ from peftcheck.stage import Stage
 
 GROUP = "peftcheck.laws"
 EVERY_DTYPE = frozenset(DTYPES)
+SINGLE_AND_HALF = frozenset({"float32", "bfloat16"})
 Measure = Callable[[Stage], Measurement | None]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from peftcheck.case import Case
 from peftcheck.implementation import Inverts, Op, Variant
 from peftcheck.law import law
 from peftcheck.measurement import NOTHING, Measurement, worst
@@ -49,6 +50,10 @@ def _inverts(variant: Variant) -> bool:
     return variant.inverts is not Inverts.NEVER
 
 
+def _shared(variant: Variant, case: Case) -> bool:
+    return len(case.adapters) > 1
+
+
 def _several(variant: Variant) -> bool:
     return _inverts(variant) and variant.most_adapters > 1
 
@@ -83,6 +88,7 @@ def guarded(stage: Stage) -> Measurement | None:
     (Op.FORWARD, Op.MERGE, Op.UNMERGE),
     "a merged layer that no longer runs the active adapters which are not merged",
     concerns=_several,
+    cases=_shared,
     quick=LOGIC,
 )
 def subset(stage: Stage) -> Measurement | None:
@@ -105,6 +111,7 @@ def subset(stage: Stage) -> Measurement | None:
     (Op.FORWARD, Op.MERGE, Op.UNMERGE),
     "an unmerge that undoes several merges first in, first out, or only the last of them",
     concerns=_several,
+    cases=_shared,
     quick=LOGIC,
 )
 def order(stage: Stage) -> Measurement | None:

@@ -12,7 +12,7 @@ from torch import nn
 from peftcheck import checkpoint, refusal
 from peftcheck.case import Case
 from peftcheck.implementation import Inverts, Op
-from peftcheck.law import law
+from peftcheck.law import SINGLE_AND_HALF, law
 from peftcheck.laws.merge import merge_all
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle.layers import layer_output
@@ -39,6 +39,7 @@ def tied_case(case: Case) -> Case:
     (Op.FORWARD,),
     "merging into a tied embedding left the output layer with the old weight (huggingface/peft#2972)",
     structural=True,
+    quick=SINGLE_AND_HALF,
 )
 def tied(stage: Stage) -> Measurement | None:
     """Share a weight of an adapted layer with one that has no adapter; follow both through an adapter's life.

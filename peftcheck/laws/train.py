@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from peftcheck.implementation import Op
-from peftcheck.law import law
+from peftcheck.law import SINGLE_AND_HALF, law
 from peftcheck.laws.plain import forward_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle.layers import layer_output
@@ -29,6 +29,7 @@ def drops(stage: Stage) -> float:
     "a fine-tuning that starts elsewhere than at the base: PiSSA and CorDA with a base that was not replaced",
     structural=True,
     concerns=lambda variant: not variant.starts or variant.starts_when is not None,
+    quick=SINGLE_AND_HALF,
 )
 def identity_at_init(stage: Stage) -> Measurement | None:
     """Give every tensor back its fresh value and compare the adapted outputs with the pristine ones.
@@ -67,6 +68,7 @@ def identity_at_init(stage: Stage) -> Measurement | None:
     (Op.FORWARD,),
     "(IA)^3 gates that a detach or a saddle of two zeros kept from ever moving",
     structural=True,
+    quick=SINGLE_AND_HALF,
 )
 def live_gradients(stage: Stage) -> Measurement | None:
     """Train the fresh adapters for three steps and look for tensors that no gradient reached.
@@ -124,6 +126,7 @@ def _missed(site: str, role: str) -> Measurement:
     (Op.FORWARD,),
     "an embedding unfrozen by the first adapter stays so; a weight tied to a trained head moves with it",
     structural=True,
+    quick=SINGLE_AND_HALF,
 )
 def base_frozen(stage: Stage) -> Measurement | None:
     """Activate the first adapter alone, take two steps over all that requires a gradient, and compare bit for bit."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from inspect import signature
 from pathlib import Path
+from types import MappingProxyType
 
 import peft
 from peft import PeftModel, get_peft_model
@@ -25,6 +27,11 @@ from peftcheck.spelling import Spelling
 _CASTS_ON_REQUEST = "autocast_adapter_dtype" in signature(PeftModel.add_adapter).parameters  # since 0.19
 
 
+@cache
+def _variants() -> Mapping[str, Variant]:
+    return MappingProxyType({name: with_models(with_quantizers(method.variant)) for name, method in METHODS.items()})
+
+
 class Peft:
     """The installed PEFT."""
 
@@ -34,7 +41,7 @@ class Peft:
     ledger = Path(__file__).parent / "ledger"
 
     def variants(self) -> Mapping[str, Variant]:
-        return {name: with_models(with_quantizers(method.variant)) for name, method in METHODS.items()}
+        return _variants()
 
     def attach(self, model: nn.Module, case: Case) -> PeftAttached:
         try:

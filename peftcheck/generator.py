@@ -92,7 +92,7 @@ def _quantized(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
     settings = {key: rng.choice(choices) for key, choices in sorted(declared.options.items())}
     merges = variant.quantizers.get(sweep.quantizer) is Claim.YES
     names = rng.choice(_LAYER_NAMES)[: rng.choice([1, 1, 2]) if merges else 1]  # of several, some may merge before one refuses
-    layers = tuple(_quantized_layer(rng, variant, declared, settings, name) for name in names)
+    layers = tuple(_quantized_layer(rng, variant, declared, settings, name, merges) for name in names)
     adapters = _adapters(rng, replace(variant, most_adapters=min(2, variant.most_adapters)), layers, _targets(rng, layers), False)
     single = len(adapters) == 1
     absurd = {p for p, holds in (("duplicated", single), ("graded", declared.largest < math.inf)) if holds}
@@ -119,11 +119,14 @@ def _quantized(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
     )
 
 
-def _quantized_layer(rng: random.Random, variant: Variant, declared, settings, name: str) -> LayerSpec:
+def _quantized_layer(rng: random.Random, variant: Variant, declared, settings, name: str, merges: bool) -> LayerSpec:
+    """Return a layer; where the method must refuse to merge a small one will do: some decompose even the codes."""
     bias = rng.random() < 0.5 if variant.bias is None else variant.bias
-    wanted = rng.random() < 0.7  # a shape that runs forward everywhere
+    wanted = rng.random() < 0.7 and merges  # a shape that runs forward everywhere
+    widths = declared.widths if merges else [n for n in declared.widths if n <= 128]
+    heights = declared.heights if merges else [n for n in declared.heights if n <= 32]
     while True:
-        spec = variant.admit(LayerSpec(name, "linear", rng.choice(declared.widths), rng.choice(declared.heights), bias=bias))
+        spec = variant.admit(LayerSpec(name, "linear", rng.choice(widths), rng.choice(heights), bias=bias))
         if quantizers.fits(declared.name, spec, settings) and (not wanted or quantizers.forwards(declared.name, spec, settings)):
             return spec
 

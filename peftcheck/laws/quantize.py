@@ -127,13 +127,13 @@ def decoded(stage: Stage) -> Measurement | None:
 
 @law(
     "quantize.attached",
-    "every adapter has its tensors on every quantized layer that it targets",
-    (),
+    "every adapter has its tensors on every quantized layer that it targets, and exporting merges as many as merging",
+    (Op.MERGE, Op.EXPORT),
     "a second adapter on a quantized layer wrapped the first one's wrapper instead of joining it",
     structural=True,
 )
 def attached(stage: Stage) -> Measurement | None:
-    """Look for each adapter's tensors where it was asked to adapt."""
+    """Look for each adapter's tensors where it was asked to adapt; of several on a layer, export and merge all."""
     for name in stage.targeted:
         if not stage.complete(name):
             held = "; ".join(
@@ -143,6 +143,25 @@ def attached(stage: Stage) -> Measurement | None:
             return broken(
                 f"{name}:adapter", "lost", f"an adapter on {name} lacks tensors that another has there: {held}"
             )
+    several = [name for name in stage.targeted if len(stage.adapters_on(name)) > 1]
+    return _exported(stage, several) if several else identical(":adapter", torch.zeros(()), torch.zeros(()))
+
+
+def _exported(stage: Stage, names: list[str]) -> Measurement:
+    """Compare bit for bit what exporting makes of layers with several adapters and what merging does."""
+    stage.attached.merge(stage.names, safe=False)
+    merged = dense(stage)
+    stage.put_back()
+    if isinstance(merged, Measurement):
+        return merged
+    model = stage.attached.merge_and_unload(safe=False, adapters=stage.names)
+    quantizer = quantizers.load(stage.case.sweep.quantizer)
+    for name in names:
+        with torch.no_grad():
+            left = quantizer.values(model.get_submodule(name))
+        if not torch.equal(left, merged[f"{name}.weight"]):
+            note = f"merge_and_unload() leaves other values on {name} than merging all {len(stage.names)} adapters"
+            return broken(f"{name}:adapter", "lost", note)
     return identical(":adapter", torch.zeros(()), torch.zeros(()))
 
 

@@ -17,7 +17,8 @@ MERGED: dict[str, frozenset[str]] = {
     **dict.fromkeys(("vera", "oft", "boft", "miss", "shira"), _DEQUANTIZED),
 }
 _OWN = frozenset({"lora.bias", "lora.dora", "oft.cayley", "miss.bat"})  # options that quantized merges treat apart
-_PLAIN = frozenset({"beft", "ln_tuning", "trainable_tokens"})  # they change a bias, or replace modules as a whole
+# They change a bias, or replace modules as a whole; Lily and Poly merge into no layer, and refuse.merge speaks of that.
+_PLAIN = frozenset({"beft", "ln_tuning", "trainable_tokens", "lily", "poly"})
 _BIAS = frozenset(
     {"torchao.int8"} | {name for name in DECLARED if name.startswith("hqq.")}
 )  # "does not support lora_bias yet"

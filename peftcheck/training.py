@@ -35,22 +35,24 @@ def start_fresh(stage: Stage) -> None:
 
 
 def fresh_site(stage: Stage, index: int, name: str) -> Site:
-    """Return a fresh adapter on a layer, each tensor with one rounding to its storage: the exact start is that near."""
+    """Return a fresh adapter on a layer, each tensor with the bound of its start: the exact one is that near."""
     site = stage.site_of(index, name, stage.fresh[stage.case.adapters[index].name])
     dtypes = {role: t.dtype for (where, role), t in stage.fresh[site.adapter.name].items() if where == name}
     return replace(site, tensors={role: stored(stage, t, dtypes[role]) for role, t in site.tensors.items()})
 
 
 def stored(stage: Stage, tensor: Bounded, dtype: torch.dtype) -> Bounded:
-    """Return a tensor with the bound of one rounding of its start; integers and zeros are exact.
+    """Return a tensor with the bound of what computing and storing its start may cost; integers and zeros are exact.
 
     A start may have been computed in the base's dtype before it was stored in its own, and decompositions are carried
-    out in single precision, whatever the model's: the coarsest of the three.
+    out in single precision, whatever the model's: the coarsest of the three. They are accurate in norm, not element by
+    element: (m + n) u norm(T) for the m x n matrix T, as for a QR or SVD by orthogonal transformations.
     """
     if not dtype.is_floating_point or not bool(tensor.value.any()):
         return tensor
     coarsest = max(precision(one).roundoff for one in (dtype, DTYPES[stage.case.sweep.dtype], torch.float32))
-    return tensor.widened(coarsest * tensor.value.abs())
+    extent = sum(tensor.value.shape[:2])
+    return tensor.widened(extent * coarsest * torch.linalg.vector_norm(tensor.value))
 
 
 def feeds(stage: Stage, rows: int = 8) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ def drops(stage: Stage) -> float:
 
 @law(
     "train.identity_at_init",
-    "abs(fresh adapters(x) - base(x)) <= bounds of either computation, one rounding of each stored tensor included",
+    "abs(fresh adapters(x) - base(x)) <= bounds of either computation, and of computing and storing the start",
     (Op.FORWARD,),
     "a fine-tuning that starts elsewhere than at the base: PiSSA and CorDA with a base that was not replaced",
     structural=True,
@@ -35,7 +35,7 @@ def identity_at_init(stage: Stage) -> Measurement | None:
     """Give every tensor back its fresh value and compare the adapted outputs with the pristine ones.
 
     Budget: the running error bounds of the closed form at the fresh values and of the plain layer. Fresh values are
-    known as stored only, so each carries one rounding to its dtype; where attaching rewrites the base, so does the base.
+    known as stored only, so each carries the bound of its start (see `training.stored`); where attaching rewrites the base, so does the base.
     """
     elsewhere = stage.variant.starts_when
     if stage.case.profile in UNTRAINED - {"graded"} or (elsewhere and any(map(elsewhere, stage.case.adapters))):

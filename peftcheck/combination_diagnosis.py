@@ -232,8 +232,11 @@ def repairs(stage: Stage, asked: Combination) -> tuple[Repair, ...]:
 
 
 def repaired(stage: Stage, asked: Combination, violation: Measurement, *notes: str) -> Measurement:
-    """Return a violation with what its user can do today, told after `notes` and before its own."""
-    if stage.formula.delta is None:
+    """Return a violation with what its user can do today, told after `notes` and before its own.
+
+    Another kind is no way out where one adapter is wrong by itself, or where only the precision is short.
+    """
+    if stage.formula.delta is None or len(asked.members) == 1 or violation.symptom == "single precision":
         return replace(violation, note="; ".join(part for part in (*notes, violation.note) if part))
     ways = repairs(stage, asked)
     told = "repair: " + ", ".join(way.words() for way in ways) if ways else "no kind of this library gives the sum here"

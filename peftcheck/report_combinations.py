@@ -89,7 +89,9 @@ def cost(remedy: Remedy) -> str:
 
 
 def _remedies(kind: str, cells: Iterable[CellRecord]) -> Iterable[Remedy]:
-    broken = [c for c in cells if c.status in _BROKEN and c.law.partition(".")[2] in _ABOUT_NUMBERS and c.message is not None]
+    # a cell that is known by a witness alone has no failure of its own; a crash leaves no number to mend
+    wrong = [c for c in cells if c.status in _BROKEN and c.fingerprint and not c.fingerprint.startswith("crash|")]
+    broken = [cell for cell in wrong if cell.law.partition(".")[2] in _ABOUT_NUMBERS]
     ways = [(cell, way) for cell in broken for way in cell.repairs]
     for exact in sorted({way.kind for _, way in ways}):
         own = [(cell, way) for cell, way in ways if way.kind == exact]

@@ -399,3 +399,5 @@ def test_repairs_are_measured_on_the_violating_case(peft):
     (twin,) = check(peft, the_case("ties", (1.0, -1.0), density=0.5), "combine.definition").measurement.repairs
     assert (twin.kind, twin.rank) == ("ties_svd", 12) and twin.error < 1e-5
     assert check(peft, the_case("cat", (1.0, -1.0)), "combine.linear").measurement.repairs == ()
+    precision = check(peft, the_case("linear", (0.3,), "float64"), "combine.single").measurement
+    assert precision.symptom == "single precision" and precision.repairs == ()

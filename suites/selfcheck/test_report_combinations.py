@@ -46,6 +46,12 @@ def test_a_broken_kind_that_nothing_mends_is_said_to_be_so():
     assert "no kind that was tried" in page
 
 
+def test_crashes_and_cells_without_a_failure_of_their_own_ask_for_no_remedy():
+    crash = broken(*LINEAR, repairs=(), fingerprint="crash|lora|RuntimeError in model.py:combine")
+    quiet = broken("combine.linear", "lora", "conv2d", "float32", None, "linear", repairs=(), fingerprint=None)
+    assert report_combinations.read(record([crash, quiet])).remedies == ()
+
+
 def test_the_table_is_kind_by_layer_by_law():
     found = report_combinations.read(sample())
     assert found.laws == ("combine.linear", "combine.rank")

@@ -70,7 +70,7 @@ class Profile:
 
 _QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 96, frozenset({"combine", "forward.compiled"}), ("float32",), _QUICK, frozenset({"combine"})),
+    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine"})),
     "full": Profile("full", 6, 14, 120),
     "nightly": Profile("nightly", 20, 60, 480),
 }

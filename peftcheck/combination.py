@@ -206,7 +206,8 @@ def exact_bound(stage: Stage, asked: Combination, layer: str, steps: int = 1) ->
     """Return the budget of an exact combination on a layer, taken in one step or two.
 
     Every term is rounded in each step: (1 + v)^8 - 1 < 2.1 ((1 + v)^4 - 1). A step of one adapter may put the weight
-    on both sides: of one adapter all kinds are alike.
+    on both sides: of one adapter all kinds are alike. A kind that adds may add the deltas themselves, each stored,
+    weighted and added in the adapter's arithmetic: then a delta that underflows is off by eta times its weight.
     """
     sites, weights = sources(stage, asked, layer)
     if stage.formula.delta is None:
@@ -214,6 +215,8 @@ def exact_bound(stage: Stage, asked: Combination, layer: str, steps: int = 1) ->
     scales = [scale(site.adapter) for site in sites]
     split = asked.kind.rank == "common" or len(asked.members) <= steps
     bound = budgets.exact(stage.machine, stage.formula, scales, [ungrouped(s) for s in sites], weights, split)
+    if asked.kind.rank == "common":
+        bound = {name: bound[name] + form.bound for name, form in total(stage, asked, layer).items()}
     return bound if steps == 1 else {name: 2.1 * value for name, value in bound.items()}
 
 

@@ -388,6 +388,16 @@ def test_a_first_step_may_be_off_by_its_own_rounding(peft):
     assert check(peft, case, "combine.additive").status == PASS
 
 
+def test_a_kind_that_adds_may_add_deltas_that_underflow():
+    layer = LayerSpec("proj", "linear", 12, 12)
+    adapter = AdapterSpec("a", (0,), 4, 4.0, (("bias", True), ("dropout", 0.0)))
+    settings = {"kind": "linear", "weights": (1.0, 1.0, 1.0, 1000.0, 1.0), "members": (0,) * 5}
+    for seed in range(6):
+        sweep = Sweep("reference", "lora.bias", "linear", "float16")
+        case = Case(sweep, 0, 0, (layer,), (adapter,), "float16", "small", seed, extra=tuple(sorted(settings.items())))
+        assert {o.status for o in engine.check(REFERENCE, case, law.laws("combine.linear", "combine.additive"))} == {PASS}
+
+
 # what repairs a violation
 
 

@@ -257,13 +257,14 @@ def unpruned_factors(stage: Stage, asked: Combination, layer: str) -> tuple[Repa
     stage.put_back()
     try:
         site = combining.combined(stage, combining.combine(stage, candidate), layer)
+        # factors that are no adapter of the layer have no product
+        found = combining.change(stage, combining.plain_machine(stage), site)["weight"].value if site else torch.zeros_like(due)
     except combining.Declined:
         return ()
     except Exception as error:
         if not (refusal.is_library(error, stage.implementation) or isinstance(error, RuntimeError)):
             raise
         return ()
-    found = combining.change(stage, combining.plain_machine(stage), site)["weight"].value if site else torch.zeros_like(due)
     size = float(torch.linalg.vector_norm(due))
     error = float(torch.linalg.vector_norm(found - due)) / size if found.shape == due.shape and size else None
     if error is None or error > _tolerable(stage):

@@ -398,6 +398,14 @@ def test_a_kind_that_adds_may_add_deltas_that_underflow():
         assert {o.status for o in engine.check(REFERENCE, case, law.laws("combine.linear", "combine.additive"))} == {PASS}
 
 
+def test_a_twin_that_makes_no_adapter_is_no_repair(peft):
+    layer = LayerSpec("proj", "conv1d", 3, 4, kernel=(3,), stride=(1,), padding=(0,), dilation=(1,), size=(8,))
+    for ranks in ((1, 1), (1, 1, 1)):
+        weights = (1.0, -1.0, 0.5)[: len(ranks)]
+        outcome = check(peft, the_case("ties", weights, layer=layer, ranks=ranks, density=1.0), "combine.definition")
+        assert outcome.fingerprint == "combine.definition|lora|weight|factors" and outcome.measurement.repairs == ()
+
+
 # what repairs a violation
 
 

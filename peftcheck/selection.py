@@ -44,7 +44,8 @@ class Profile:
 
     What it takes where no filter asks for more: all groups of laws and single laws but `leaves`; whole models in
     `model_dtypes`; of the quantizers those that match `quantizers` (globs); of the groups `turns`, which have kinds, one
-    dtype at most for each variant, layer and kind, another with the next seed (`in_turn`).
+    dtype at most for each variant, layer and kind, and of whole models one for each variant, another with the next seed
+    (`in_turn`).
     """
 
     name: str
@@ -70,7 +71,7 @@ class Profile:
 
 _QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine"})),
+    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine", "models"})),
     "full": Profile("full", 6, 14, 120),
     "nightly": Profile("nightly", 20, 60, 480),
 }
@@ -81,11 +82,17 @@ def in_turn(cells: Sequence[Cell], implementation: Implementation, groups: froze
 
     Like a Latin square: over the layers each kind meets every dtype, over the kinds each layer does, and as many
     seeds as there are dtypes visit every cell. Kinds without a promise, which share their code, pause every other time.
+    Of the whole models that a variant accepts (group `models`) one has its turn.
     """
     variants = implementation.variants()
     places = {name: place for place, name in enumerate(name for name, variant in variants.items() if variant.combinations)}
 
+    order = {name: place for place, name in enumerate(variants)}
+
     def has_its_turn(cell: Cell) -> bool:
+        own_models = [model for model in MODELS if model in variants[cell.sweep.variant].layers]
+        if "models" in groups and cell.sweep.layer in own_models:
+            return cell.sweep.layer == own_models[(order[cell.sweep.variant] + seed) % len(own_models)]
         if cell.law.partition(".")[0] not in groups or cell.kind is None:
             return True
         variant = variants[cell.sweep.variant]

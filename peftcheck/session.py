@@ -114,7 +114,8 @@ class Session:
         profile = suite.PROFILES[settings.profile]
         found = [cell for cell in found if profile.takes(cell, self.laws[cell.law], filters)]
         if not filters.dtype:
-            found = selection.in_turn(found, self.implementation, profile.turns, settings.seed)
+            turns = profile.turns - ({"models"} if filters.layer else set())
+            found = selection.in_turn(found, self.implementation, turns, settings.seed)
         self.cells = _shard(found, settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")

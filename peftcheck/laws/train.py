@@ -56,8 +56,8 @@ def identity_at_init(stage: Stage) -> Measurement | None:
         adapted = stage.formula.forward(stage.machine, sites, base, x)
         plain = layer_output(stage.machine.base, spec, {key: leaf(stage.pristine[f"{spec.name}.{key}"]) for key in base}, x)
         if stage.sound(plain):
-            # a start at 0 / 0, which the library keeps clear of, has no bound: the plain layer's is what is left
-            budget = (adapted.bound if stage.sound(adapted) else plain.bound) + plain.bound
+            # a start near 0 / 0 (a basis of dependent columns) has no bound: all that is asked there is a finite output
+            budget = adapted.bound + plain.bound if stage.sound(adapted) else torch.full_like(plain.bound, torch.inf)
             found.append(compare(f"{spec.name}:output", output, stage.pristine_outputs[spec.name], budget))
     return worst(found) if found else None
 

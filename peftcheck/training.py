@@ -34,11 +34,12 @@ def start_fresh(stage: Stage) -> None:
                 held[key].copy_(tensor)
 
 
-def fresh_site(stage: Stage, index: int, name: str) -> Site:
-    """Return a fresh adapter on a layer, each tensor with the bound of its start: the exact one is that near."""
+def fresh_site(stage: Stage, index: int, name: str, only: str | None = None) -> Site:
+    """Return a fresh adapter on a layer, each tensor (or one role only) with the bound of its start."""
     site = stage.site_of(index, name, stage.fresh[stage.case.adapters[index].name])
     dtypes = {role: t.dtype for (where, role), t in stage.fresh[site.adapter.name].items() if where == name}
-    return replace(site, tensors={role: stored(stage, t, dtypes[role]) for role, t in site.tensors.items()})
+    near = {role: stored(stage, t, dtypes[role]) for role, t in site.tensors.items() if only in (None, role)}
+    return replace(site, tensors={**site.tensors, **near})
 
 
 def stored(stage: Stage, tensor: Bounded, dtype: torch.dtype) -> Bounded:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from peftcheck.implementation import Op
 from peftcheck.law import SINGLE_AND_HALF, law
 from peftcheck.laws.plain import forward_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
+from peftcheck.oracle import Base
 from peftcheck.oracle.layers import layer_output
-from peftcheck.rounding import leaf
+from peftcheck.rounding import Bounded, leaf
 from peftcheck.stage import Stage
 from peftcheck.training import UNTRAINED, backward, descend, feeds, fresh_site, matters, parameters, start_fresh, stored
 
@@ -52,14 +53,31 @@ def identity_at_init(stage: Stage) -> Measurement | None:
         base, x = stage.base(spec.name), stage.activation(spec.name, stage.inputs[spec.name])
         if stage.variant.rewrites_base:
             base = {key: stored(stage, t, stage.start[f"{spec.name}.{key}"].dtype) for key, t in base.items()}
-        sites = [fresh_site(stage, index, spec.name) for index in stage.adapters_on(spec.name)]
-        adapted = stage.formula.forward(stage.machine, sites, base, x)
         plain = layer_output(stage.machine.base, spec, {key: leaf(stage.pristine[f"{spec.name}.{key}"]) for key in base}, x)
         if stage.sound(plain):
-            # a start near 0 / 0 (a basis of dependent columns) has no bound: all that is asked there is a finite output
-            budget = adapted.bound + plain.bound if stage.sound(adapted) else torch.full_like(plain.bound, torch.inf)
+            budget = plain.bound + _start_bound(stage, spec.name, base, x, plain)
             found.append(compare(f"{spec.name}:output", output, stage.pristine_outputs[spec.name], budget))
     return worst(found) if found else None
+
+
+def _start_bound(stage: Stage, name: str, base: Base, x: Bounded, plain: Bounded) -> Tensor:
+    """Return the bound of the adapted output at the start, every tensor of which is known to a bound.
+
+    Where no bound comes of all of them together (what is orthogonalized may be anything), the sum of those that come
+    of one role each: what has none is exact, and the others start from it. Where there is none at all (0 / 0, which the
+    library keeps clear of) the plain layer's is what is left.
+    """
+
+    def bound(only: str | None) -> Bounded:
+        sites = [fresh_site(stage, index, name, only) for index in stage.adapters_on(name)]
+        return stage.formula.forward(stage.machine, sites, base, x)
+
+    together = bound(None)
+    if stage.sound(together):
+        return together.bound
+    roles = dict.fromkeys(role for index in stage.adapters_on(name) for role in fresh_site(stage, index, name).tensors)
+    apart = [one.bound for one in map(bound, roles) if stage.sound(one)]
+    return torch.stack(apart).sum(0) if apart else plain.bound
 
 
 @law(

@@ -36,7 +36,8 @@ def identity_at_init(stage: Stage) -> Measurement | None:
     """Give every tensor back its fresh value and compare the adapted outputs with the pristine ones.
 
     Budget: the running error bounds of the closed form at the fresh values and of the plain layer. Fresh values are
-    known as stored only, so each carries the bound of its start (see `training.stored`); where attaching rewrites the base, so does the base.
+    known as stored only, so each carries the bound of its start (see `training.stored`); where attaching rewrites the
+    base, so does the base.
     """
     elsewhere = stage.variant.starts_when
     if stage.case.profile in UNTRAINED - {"graded"} or (elsewhere and any(map(elsewhere, stage.case.adapters))):

@@ -30,7 +30,6 @@ _DEFINITIONS = {
 def spelling(case: Case, method: Method) -> Spelling:
     """Return how PEFT's operations are spelled for the adapters of a case."""
     configs = [_config(method, case, adapter) for adapter in case.adapters]
-    names = tuple(dict.fromkeys(name for config in configs for name in _classes(config)))
     half = case.sweep.dtype in ("bfloat16", "float16")  # elsewhere PEFT casts no adapter
     cast = ", autocast_adapter_dtype=False" if half and case.adapter_dtype == case.sweep.dtype else ""
     mixed = ", mixed=True" if method.mixed else ""
@@ -44,7 +43,7 @@ def spelling(case: Case, method: Method) -> Spelling:
     mode = "train" if case.train else "eval"
     attach = [*attach, f"model.{mode}()"] if others else [f"{attach[0]}.{mode}()"]
     return Spelling(
-        imports=(f"from peft import {', '.join((*names, 'get_peft_model'))}",),
+        imports=_imports(configs),
         attach=tuple(attach),
         definitions={**_DEFINITIONS, **({"layer": method.layer} if method.layer else {})},
         layer=lambda name: f"layer({text(name)})",
@@ -71,18 +70,22 @@ def _list(items: Sequence[str]) -> str:
     return "[" + ", ".join(text(item) for item in items) + "]"
 
 
-def _classes(config: Any) -> list[str]:
-    """Return the names of the classes that a configuration's source names."""
-    inner = [name for value in _given(config).values() if _is_config(value) for name in _classes(value)]
-    return [type(config).__name__, *inner]
+def _within(config: Any) -> list[Any]:
+    """Return a configuration and those that its source names inside."""
+    return [config, *(inner for value in _given(config).values() if _is_config(value) for inner in _within(value))]
 
 
 def _is_config(value: Any) -> bool:
-    return (
-        dataclasses.is_dataclass(value)
-        and not isinstance(value, type)
-        and hasattr(peft, type(value).__name__)
-    )
+    own = type(value).__module__.partition(".")[0] == "peft"
+    return dataclasses.is_dataclass(value) and not isinstance(value, type) and own
+
+
+def _imports(configs: list[Any]) -> tuple[str, ...]:
+    """Return the import lines for the classes that configurations' sources name; PEFT exports not all of them itself."""
+    inside = [config for one in configs for config in _within(one)]
+    others = sorted({f"from {type(c).__module__} import {type(c).__name__}" for c in inside if not hasattr(peft, type(c).__name__)})
+    names = dict.fromkeys(type(c).__name__ for c in inside if hasattr(peft, type(c).__name__))
+    return (f"from peft import {', '.join((*names, 'get_peft_model'))}", *others)
 
 
 def _default(field: dataclasses.Field) -> Any:

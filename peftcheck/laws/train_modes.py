@@ -155,7 +155,8 @@ def mixed_batch(stage: Stage) -> Measurement | None:
             if stage.sound(form):
                 plain = _of_rows(stage, spec, BASE, inputs[spec.name][own])
                 change = (form.value - plain.value).abs() + form.bound
-                budget = judged(form, machine=stage.machine.base.store) + stage.machine.base.store.roundoff * change * stage.machine.mixed
+                cast = stage.machine.base.store.roundoff * change if stage.machine.mixed else 0.0
+                budget = judged(form, machine=stage.machine.base.store) + cast
                 role = f"{spec.name}:row of {'the base' if adapter == BASE else 'an adapter'}"
                 found.append(compare(role, output[own], form.value, budget))
     return worst(found) if found else None

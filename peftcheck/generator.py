@@ -57,7 +57,7 @@ def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = Fa
         adapter_dtype="float32" if half and rng.random() < 0.5 else sweep.dtype,
         profile=profile,
         values=rng.randrange(2**32),
-        batch=rng.choice([(), (1,), (2,), (3,), (2, 3), (1, 2, 2)]),
+        batch=_batch(rng, variant),
         safe=rng.random() < 0.4,
         joint=rng.random() < 0.6,
         cycles=rng.choice([2, 3, 5]),
@@ -69,6 +69,12 @@ def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = Fa
             rng.randrange(4096),
         ),
     )
+
+
+def _batch(rng: random.Random, variant: Variant) -> tuple[int, ...]:
+    """Return the leading shape of the inputs: any, or one of those that the method takes."""
+    drawn = rng.choice([(), (1,), (2,), (3,), (2, 3), (1, 2, 2)])
+    return drawn if not variant.batches else rng.choice(variant.batches)
 
 
 def _dropping(variant: Variant, sweep: Sweep, key: str, adapters: tuple[AdapterSpec, ...]) -> tuple[AdapterSpec, ...]:

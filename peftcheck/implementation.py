@@ -115,6 +115,7 @@ class Variant:
     `package`: what the method imports besides the library's own requirements; where it is missing the cells are absent.
     `keeps`: the roles of what a checkpoint of the adapter holds besides its trainable tensors, once each (indices, a
     saved projection); frozen tensors of other roles are made anew on loading, from the options and the base.
+    `batches`: the leading shapes of the inputs that a layer alone is given, where the method does not take any (empty: any).
     """
 
     name: str
@@ -143,6 +144,7 @@ class Variant:
     samples: bool = False
     dropped: frozenset[str] = frozenset()
     keeps: Callable[[AdapterSpec], frozenset[str]] = _trainables_only
+    batches: tuple[tuple[int, ...], ...] = ()
     source: str = ""
 
 

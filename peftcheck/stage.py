@@ -128,6 +128,7 @@ class Stage:
     def site_of(self, index: int, name: str, tensors: dict[tuple[str, str], Tensor]) -> Site:
         """Return the same for other tensors of the adapter (poisoned, trained)."""
         adapter = self.case.adapters[index].at(self.case.layers.index(self.spec(name)))
+        adapter = self.formula.told(self.case, adapter) if self.formula.told else adapter
         own = {role: leaf(tensor, self.machine.exact) for (site, role), tensor in tensors.items() if site == name}
         return Site(self.spec(name), adapter, own)
 

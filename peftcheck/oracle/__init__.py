@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from peftcheck.oracle import (
+    activated,
     adaptive,
     banks,
     biases,
@@ -35,6 +36,7 @@ from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine,
 _MODULES = (
     lowrank,
     lowrank_variants,
+    activated,
     products,
     projections,
     adaptive,

@@ -11,7 +11,7 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from peftcheck.case import AdapterSpec, LayerSpec
+from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.rounding import Arithmetic, Bounded, precision
 
 
@@ -105,8 +105,9 @@ class Formula:
     adapter depends on more than what the earlier ones left (a norm of the unmerged weight). `dyadic` says that sums, products and powers of two suffice, so that the exact regime
     exists. `roundtrip(machine, formula, sites, base)` overrides the family's budget. `turn(machine, site)`, where the
     method multiplies the weight by a matrix, returns that matrix (None: it does not fit the layer, and nothing is
-    merged). `steps(machine, site, base)` returns every stored stage of a merge that takes several additions. `source`:
-    paper and equation.
+    merged). `steps(machine, site, base)` returns every stored stage of a merge that takes several additions.
+    `told(case, adapter)` returns the adapter with what else of the case decides, among its options. `source`: paper and
+    equation.
     """
 
     family: Family
@@ -120,3 +121,4 @@ class Formula:
     roundtrip: Callable[[Machine, Formula, Sequence[Site], Base], dict[str, Tensor]] | None = None
     turn: Callable[[Machine, Site], Turn | None] | None = None
     steps: Callable[[Machine, Site, Base], Sequence[Base]] | None = None
+    told: Callable[[Case, AdapterSpec], AdapterSpec] | None = None

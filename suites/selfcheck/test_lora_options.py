@@ -32,6 +32,8 @@ COVERED = {
     "kasa_config": "lora.kasa",
     "use_bdlora": "lora.bdlora",
     "target_parameters": "lora.parameter",
+    "alora_invocation_tokens": "lora.alora",
+    "lora_ga_config": "lora.ga",
 }
 """Options that a variant sets away from their default, in some of the cases drawn for it."""
 
@@ -64,8 +66,6 @@ PENDING = {
     "layers_to_transform",
     "modules_to_save",
     "trainable_token_indices",
-    "lora_ga_config",
-    "alora_invocation_tokens",
     "layer_replication",
     "arrow_config",
     "ensure_weight_tying",

@@ -63,6 +63,7 @@ class Peft:
             method.before(model, given, first.name, case)
             wrapped = get_peft_model(model, given, first.name, mixed=method.mixed, autocast_adapter_dtype=autocast)
             method.after(wrapped, given, first.name, case)
+            method.tells(wrapped, given, first.name, case)
 
             def add(model: PeftModel, adapter: AdapterSpec) -> None:
                 given = config(adapter)
@@ -70,6 +71,7 @@ class Peft:
                 cast = {"autocast_adapter_dtype": autocast} if _CASTS_ON_REQUEST else {}
                 model.add_adapter(adapter.name, given, **cast)
                 method.after(model, given, adapter.name, case)
+                method.tells(model, given, adapter.name, case)
 
             attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole)
             for adapter in others:
@@ -107,6 +109,7 @@ class Peft:
                 attached.load(folders[name], name)
             if others:
                 attached.activate(tuple(folders))
+            method.tells(wrapped, wrapped.peft_config[first], first, case)
         wrapped.train(case.train)
         return attached
 

@@ -35,7 +35,7 @@ class Method:
     `config(adapter, targets)` returns PEFT's configuration for the named target modules; `roles` renames PEFT's
     parameter attributes ('lora_A.weight') to the roles of the closed form ('A'). `before` is what the documentation
     asks to be run on the user's model before an adapter is attached (statistics of data), `after` what it asks to be
-    run on PEFT's model afterwards. `run(model, inputs)` runs a model that has to be told more than its inputs;
+    run on PEFT's model afterwards, `tells` what is to be told its layers, adapted or loaded. `run(model, inputs)` runs a model that has to be told more than its inputs;
     `layer` defines, in a script, how its layers are called then. `mixed`: the adapters are of several types.
     """
 
@@ -44,6 +44,7 @@ class Method:
     roles: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     before: Step = _nothing
     after: Step = _nothing
+    tells: Step = _nothing
     run: Callable[[PeftModel, Sequence[Tensor]], Sequence[Tensor]] = _run
     layer: tuple[str, ...] | None = None
     mixed: bool = False

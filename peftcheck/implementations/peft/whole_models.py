@@ -8,6 +8,7 @@ from typing import Any
 
 from peftcheck.case import AdapterSpec, Case
 from peftcheck.implementation import Variant
+from peftcheck.oracle.activated import invocation
 from peftcheck.targets import Targets, spelled
 from peftcheck.transformer_models import BLUEPRINTS, having
 
@@ -16,9 +17,15 @@ from peftcheck.transformer_models import BLUEPRINTS, having
 _APART = frozenset({"lora.corda-ipm", "lora.corda-kpm"})
 
 
+# PEFT warns that it is for causal language models only: others have no invocation.
+_CAUSAL = frozenset({"lora.alora"})
+
+
 def with_models(variant: Variant) -> Variant:
     """Return the variant with the whole models that have a layer of a kind which it accepts."""
     accepted = having(variant.layers) if variant.name not in _APART else frozenset()
+    if variant.name in _CAUSAL:
+        accepted = frozenset(model for model in accepted if BLUEPRINTS[model].task == "CAUSAL_LM")
     unasked = having(variant.layers | variant.unasked) - accepted
     return replace(variant, layers=variant.layers | accepted, unasked=variant.unasked | unasked)
 
@@ -45,4 +52,6 @@ def as_users_write(config: Any, case: Case, adapter: AdapterSpec) -> Any:
         given |= {"layers_to_transform": list(targets.blocks), "layers_pattern": targets.container}
     if getattr(config, "feedforward_modules", None) and targets.modules != "all-linear":
         given["feedforward_modules"] = given["target_modules"]
+    if getattr(config, "alora_invocation_tokens", None) and blueprint.task == "CAUSAL_LM":
+        given["alora_invocation_tokens"] = list(invocation(case, adapter.name))
     return dataclasses.replace(config, **given)

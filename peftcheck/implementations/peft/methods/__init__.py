@@ -13,6 +13,8 @@ _FAMILIES = (
     "lora_inits",
     "lora_variants",
     "lora_parameters",
+    "lora_activated",
+    "lora_ga",
     "loha",
     "lokr",
     "adalora",

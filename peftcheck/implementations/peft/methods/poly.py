@@ -71,7 +71,7 @@ METHODS = (
         ),
         _config,
         {"poly_lora_A": "A", "poly_lora_B": "B", "poly_router.module_logits": "logits"},
-        after=_told,
+        tells=_told,
         run=_run,
         layer=(
             "def layer(name):  # row i of its input belongs to task i mod 2",

@@ -9,6 +9,7 @@ from peftcheck.oracle import (
     biases,
     blocks,
     clustered,
+    experts,
     gated,
     householder,
     lowrank,
@@ -60,6 +61,7 @@ _MODULES = (
     subspace,
     clustered,
     routed,
+    experts,
     mixed,
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}

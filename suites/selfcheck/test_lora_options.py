@@ -34,6 +34,7 @@ COVERED = {
     "target_parameters": "lora.parameter",
     "alora_invocation_tokens": "lora.alora",
     "lora_ga_config": "lora.ga",
+    "arrow_config": "lora.arrow",
 }
 """Options that a variant sets away from their default, in some of the cases drawn for it."""
 
@@ -67,7 +68,6 @@ PENDING = {
     "modules_to_save",
     "trainable_token_indices",
     "layer_replication",
-    "arrow_config",
     "ensure_weight_tying",
 }
 """Options that still lack a variant."""

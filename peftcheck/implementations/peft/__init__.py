@@ -10,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 import peft
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 from torch import nn
 
 from peftcheck import models, quantizers
@@ -61,7 +61,7 @@ class Peft:
             warnings.simplefilter("ignore")
             given = config(first)
             method.before(model, given, first.name, case)
-            wrapped = get_peft_model(model, given, first.name, mixed=method.mixed, autocast_adapter_dtype=autocast)
+            wrapped = method.attach(model, given, first, autocast, method.mixed)
             method.after(wrapped, given, first.name, case)
             method.tells(wrapped, given, first.name, case)
 
@@ -73,7 +73,7 @@ class Peft:
                 method.after(model, given, adapter.name, case)
                 method.tells(model, given, adapter.name, case)
 
-            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole)
+            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole, method.own)
             for adapter in others:
                 attached.add(adapter)
             if others:
@@ -103,7 +103,7 @@ class Peft:
             warnings.simplefilter("ignore")
             method.before(model, config(first), first, case)
             wrapped = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first, autocast_adapter_dtype=autocast)
-            attached = PeftAttached(wrapped, names, method.roles, add, autocast, None, method.run, case.whole)
+            attached = PeftAttached(wrapped, names, method.roles, add, autocast, None, method.run, case.whole, method.own)
             for name in others:
                 method.before(wrapped.base_model.model, config(name), name, case)
                 attached.load(folders[name], name)

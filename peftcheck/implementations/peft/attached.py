@@ -18,6 +18,7 @@ from peftcheck.case import AdapterSpec
 from peftcheck.quantizers import Quantizer
 
 Add = Callable[[PeftModel, AdapterSpec], None]
+Own = Callable[[BaseTunerLayer, str], Iterator[tuple[str, Tensor]]]
 Run = Callable[[PeftModel, Sequence[Tensor]], Sequence[Tensor]]
 
 
@@ -34,6 +35,7 @@ class PeftAttached:
         quantizer: Quantizer | None = None,
         run: Run = lambda model, inputs: model(*inputs),
         whole: bool = False,
+        own: Own | None = None,
     ) -> None:
         self.model = model
         self.names = tuple(names)
@@ -43,6 +45,7 @@ class PeftAttached:
         self.quantizer = quantizer
         self.run = run
         self.whole = whole
+        self._own = own or (lambda module, adapter: _own(module, adapter, roles))
 
     # accessors
 
@@ -76,7 +79,7 @@ class PeftAttached:
 
     def _named(self, module: BaseTunerLayer, adapter: str) -> Iterator[Tensor]:
         """Yield an adapter's tensors in a layer that the closed form knows: not what was put in their place."""
-        return (t for key, t in _own(module, adapter, self.roles) if not self.roles or key in self.roles)
+        return (t for key, t in self._own(module, adapter) if not self.roles or key in self.roles)
 
     def base_tensors(self) -> dict[str, Tensor]:
         tensors = {}
@@ -110,7 +113,7 @@ class PeftAttached:
         own = {
             (name, self.roles.get(key, key)): tensor
             for name, module in self._tuner_layers()
-            for key, tensor in _own(module, adapter, self.roles)
+            for key, tensor in self._own(module, adapter)
         }
         return own | (self._saved(adapter) if self.whole else {})
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from peftcheck.case import AdapterSpec, Case, LayerSpec
@@ -24,6 +25,10 @@ def _nothing(model: nn.Module, config: Any, adapter: str, case: Case) -> None:
     pass
 
 
+def _attach(model: nn.Module, config: Any, adapter: AdapterSpec, autocast: bool, mixed: bool) -> PeftModel:
+    return get_peft_model(model, config, adapter.name, mixed=mixed, autocast_adapter_dtype=autocast)
+
+
 def _run(model: PeftModel, inputs: Sequence[Tensor]) -> Sequence[Tensor]:
     return model(*inputs)
 
@@ -37,6 +42,9 @@ class Method:
     asks to be run on the user's model before an adapter is attached (statistics of data), `after` what it asks to be
     run on PEFT's model afterwards, `tells` what is to be told its layers, adapted or loaded. `run(model, inputs)` runs a model that has to be told more than its inputs;
     `layer` defines, in a script, how its layers are called then. `mixed`: the adapters are of several types.
+    `attach` makes PEFT's model of the user's with the first adapter, where `get_peft_model` alone does not; `own` yields
+    a layer's tensors of an adapter as (role, tensor), where they are not all kept under the adapter's name; `scripted`
+    returns the imports and the lines with which a script does what `attach` does.
     """
 
     variant: Variant
@@ -48,6 +56,9 @@ class Method:
     run: Callable[[PeftModel, Sequence[Tensor]], Sequence[Tensor]] = _run
     layer: tuple[str, ...] | None = None
     mixed: bool = False
+    attach: Callable[[nn.Module, Any, AdapterSpec, bool, bool], PeftModel] = _attach
+    scripted: Callable[[Any, AdapterSpec], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
+    own: Callable[[BaseTunerLayer, str], Iterator[tuple[str, Tensor]]] | None = None
 
 
 def no_delta(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:

@@ -42,8 +42,12 @@ def spelling(case: Case, method: Method) -> Spelling:
         attach.append(f"model.base_model.set_adapter({_list([adapter.name for adapter in case.adapters])})")
     mode = "train" if case.train else "eval"
     attach = [*attach, f"model.{mode}()"] if others else [f"{attach[0]}.{mode}()"]
+    imports = _imports(configs)
+    if method.scripted:
+        imports, lines = method.scripted(configs[0], case.adapters[0])
+        attach = [*lines, f"model.{mode}()"]
     return Spelling(
-        imports=_imports(configs),
+        imports=imports,
         attach=tuple(attach),
         definitions={**_DEFINITIONS, **({"layer": method.layer} if method.layer else {})},
         layer=lambda name: f"layer({text(name)})",

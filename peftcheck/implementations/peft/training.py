@@ -33,6 +33,7 @@ _FIELDS: Mapping[str, str] = {
     "vera": "vera_dropout",
 }
 _TWO_KINDS = frozenset({"loha", "lokr"})
+_NO_FIELD = frozenset({"lora.arrow"})  # create_arrow_model gives the router no dropout
 _UNDROPPED = frozenset({"mha", "parameter"})  # PEFT declares that it refuses lora_dropout there
 # methods whose layers take `adapter_names`; whatever else is given them must be refused
 _MIX = frozenset({"lora", "glora", "road"})
@@ -81,7 +82,7 @@ def trained(method: Method) -> Method:
 def _dropouts(name: str) -> dict[str, tuple[Any, ...]]:
     if name.partition(".")[0] in _TWO_KINDS:
         return {"dropout": _PROBABILITIES, "dropout.of": ("module", "rank")}
-    return {"dropout": _PROBABILITIES} if _field(name) else {}
+    return {"dropout": _PROBABILITIES} if _field(name) and name not in _NO_FIELD else {}
 
 
 def _field(name: str) -> str | None:

@@ -15,6 +15,7 @@ _FAMILIES = (
     "lora_parameters",
     "lora_activated",
     "lora_ga",
+    "lora_arrow",
     "loha",
     "lokr",
     "adalora",

@@ -70,7 +70,7 @@ METHODS = (
             claim=claim,
             rewrites_base=True,
             most_adapters=1,  # gradients are taken on plain layers, not on PEFT's
-            dtypes=SINGLE,
+            dtypes=SINGLE - {"float16"},
         ),
         _config,
         ROLES,

@@ -57,7 +57,9 @@ class LayerSpec:
     `n_in`, `n_out`: features, channels, or (embedding) entries and dimension. `kernel`, `stride`, `dilation` and
     `padding` have one entry per spatial dimension (padding also 'same' or 'valid'); `size` is the input's spatial
     extent. `scale` is the factor of a scaled embedding. `tied` names the layer whose weight this one shares.
-    `depth` is the number of matrices of a stacked parameter (0: a plain matrix).
+    `depth` is the number of matrices of a stacked parameter (0: a plain matrix). An attention layer has `heads`; its
+    `size` is the length of what it attends to itself, or those of the query and of what that attends to; `causal`: no
+    position sees a later one. `max_norm` is the norm to which an embedding shortens the rows that it looks up.
     """
 
     name: str
@@ -76,6 +78,10 @@ class LayerSpec:
     scale: float = 1.0
     tied: str | None = None
     depth: int = 0
+    heads: int = 1
+    batch_first: bool = True
+    causal: bool = False
+    max_norm: float | None = None
 
     @property
     def fan_in(self) -> int:
@@ -99,6 +105,11 @@ class LayerSpec:
             return (3 * self.n_in, self.n_in)
         return (self.n_out, self.n_in)
 
+    @property
+    def weight_name(self) -> str:
+        """The name of the tensor that `weight_shape` is the shape of."""
+        return "in_proj_weight" if self.kind == "mha" else "weight"
+
     def words(self) -> str:
         """Say in words what the layer is."""
         text = f"{self.name}: {self.kind} {self.n_in}->{self.n_out}"
@@ -116,6 +127,11 @@ class LayerSpec:
                 text += f", {self.padding_mode}"
         if self.padding_idx is not None:
             text += f", padding_idx {self.padding_idx}"
+        if self.max_norm is not None:
+            text += f", max_norm {self.max_norm:g}"
+        if self.kind == "mha":
+            text += f", heads {self.heads}, length {'x'.join(map(str, self.size)) or 1}"
+            text += (", causal" if self.causal else "") + ("" if self.batch_first else ", sequence first")
         if self.scale != 1.0:
             text += f", scale {self.scale:g}"
         if self.tied:

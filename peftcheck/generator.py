@@ -171,12 +171,21 @@ def _layer(rng: random.Random, variant: Variant, kind: str, name: str) -> LayerS
     if kind == "layernorm":
         return LayerSpec(name, kind, max(2, n_in), max(2, n_in), bias=bias)
     if kind == "mha":
-        return LayerSpec(name, kind, n_in, n_in, bias=bias)
+        return _attention(rng, name, bias)
     if kind == "parameter":
         return LayerSpec(name, kind, n_in, n_out, depth=rng.choice([0, 1, 2, 3]))
     if rng.random() < 0.08:
         n_in = rng.choice(_LARGE_FAN_IN)
     return LayerSpec(name, kind, n_in, n_out, bias=bias)
+
+
+def _attention(rng: random.Random, name: str, bias: bool) -> LayerSpec:
+    """Return an attention layer, to itself or to another sequence, which may be longer or shorter."""
+    heads = rng.choice([1, 1, 2, 3])
+    n = heads * rng.choice([1, 2, 3, 4, 8])
+    size = tuple(rng.choice([1, 2, 3, 5]) for _ in range(rng.choice([1, 1, 2])))
+    first, causal = rng.random() < 0.7, rng.random() < 0.25
+    return LayerSpec(name, "mha", n, n, bias, size=size, heads=heads, batch_first=first, causal=causal)
 
 
 def convolution(rng: random.Random, kind: str, name: str, bias: bool) -> LayerSpec:

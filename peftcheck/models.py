@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from peftcheck import transformer_models, values
+from peftcheck import attention, transformer_models, values
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, Case, LayerSpec
 from peftcheck.errors import UsageError
 from peftcheck.rounding import DTYPES
@@ -44,9 +44,9 @@ class Matrix(nn.Module):
 class Bench(nn.Module):
     """The layers of a case under their (dotted) names; `forward` takes one input per layer."""
 
-    def __init__(self, layers: dict[str, nn.Module]) -> None:
+    def __init__(self, specs: tuple[LayerSpec, ...], layers: dict[str, nn.Module]) -> None:
         super().__init__()
-        self.order = tuple(layers)
+        self.specs = specs
         for name, layer in layers.items():
             parent: nn.Module = self
             *containers, last = name.split(".")
@@ -57,7 +57,7 @@ class Bench(nn.Module):
             parent.add_module(last, layer)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(self.get_submodule(name)(x) for name, x in zip(self.order, inputs, strict=True))
+        return tuple(attention.run(spec, self.get_submodule(spec.name), x) for spec, x in zip(self.specs, inputs, strict=True))
 
 
 def layer(spec: LayerSpec, dtype: torch.dtype) -> nn.Module:
@@ -88,7 +88,7 @@ def layer(spec: LayerSpec, dtype: torch.dtype) -> nn.Module:
     if spec.kind == "parameter":
         return Matrix(spec, dtype)
     if spec.kind == "mha":
-        return nn.MultiheadAttention(spec.n_in, 1, bias=spec.bias, batch_first=True, dtype=dtype)
+        return nn.MultiheadAttention(spec.n_in, spec.heads, bias=spec.bias, batch_first=spec.batch_first, dtype=dtype)
     raise UsageError(f"unknown layer kind '{spec.kind}'")
 
 
@@ -113,7 +113,7 @@ def build(case: Case) -> nn.Module:
         for spec in case.layers:
             for name, tensor in _own_tensors(spec, made[spec.name]):
                 tensor.copy_(values.base(case, spec, name, tuple(tensor.shape)))
-    return Bench(made).train(case.train)
+    return Bench(case.layers, made).train(case.train)
 
 
 def _own_tensors(spec: LayerSpec, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -150,6 +150,8 @@ def _input(case: Case, spec: LayerSpec, dtype: torch.dtype) -> Tensor:
         shape = (*case.batch[:1], spec.n_in, *spec.size)
     elif spec.kind == "parameter" and spec.depth:
         shape = (spec.depth, max(1, case.batch[-1] if case.batch else 1), spec.n_in)
+    elif spec.kind == "mha":
+        shape = attention.shape(spec, case.batch)
     elif spec.kind == "conv1d-transformers":
         shape = (*(case.batch or (1,)), spec.n_in)
     else:

@@ -14,20 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from peftcheck import budgets, models, quantizers, values
+from peftcheck import attention, budgets, models, quantizers, values
 from peftcheck.architecture import Architecture, architecture
 from peftcheck.case import EMBEDDINGS, Case, LayerSpec
 from peftcheck.implementation import Attached, Claim, Implementation, Op, Variant
 from peftcheck.oracle import FORMULAS, Base, Formula, Machine, Site, machine
+from peftcheck.recording import Record, frozen, recorded
 from peftcheck.rounding import DTYPES, Bounded, leaf, precision
-
-
-@dataclass
-class Record:
-    """One layer in a run: its input and its output."""
-
-    x: Tensor
-    y: Tensor
 
 
 @dataclass
@@ -105,11 +98,11 @@ class Stage:
 
     def base(self, name: str) -> Base:
         """Return the tensors of a layer as the base holds them at the start of a law."""
-        prefix = name + "."
+        prefix, nested = name + ".", self.spec(name).kind == "mha"  # whose output projection is a layer within
         return {
             key[len(prefix) :]: self._leaf(key, tensor)
             for key, tensor in (self.dense or self.start).items()
-            if key.startswith(prefix) and "." not in key[len(prefix) :]
+            if key.startswith(prefix) and (nested or "." not in key[len(prefix) :])
         }
 
     def _leaf(self, key: str, tensor: Tensor) -> Bounded:
@@ -282,7 +275,7 @@ class Stage:
     def call(self, name: str, x: Tensor) -> Tensor:
         """Run the layer that stands at `name` now on a recorded input."""
         with torch.no_grad():
-            return self.attached.layer(name)(x)
+            return attention.run(self.spec(name), self.attached.layer(name), x)
 
 
 def _relative(change: Tensor, size: Tensor) -> float:
@@ -293,31 +286,8 @@ def _relative(change: Tensor, size: Tensor) -> float:
 def record(stage: Stage) -> dict[str, Record]:
     """Run the model once and return input and output of each targeted layer."""
     layers = {name: stage.attached.layer(name) for name in stage.targeted}
-    return recorded(layers, lambda: stage.attached.forward(stage.arguments))
-
-
-def recorded(layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Record]:
-    """Return input and output of each layer while `run` runs the model that they are in."""
-    seen: dict[str, Record] = {}
-    handles = []
-    for name, layer in layers.items():
-
-        # a library's own hooks may change the input before and the output after: look before the first, after the last
-        def arrives(module: nn.Module, args: tuple, name: str = name) -> None:
-            seen[name] = Record(args[0].detach().clone(), args[0])
-
-        def leaves(module: nn.Module, args: tuple, output: Tensor, name: str = name) -> None:
-            seen[name].y = output.detach().clone()
-
-        handles.append(layer.register_forward_pre_hook(arrives, prepend=True))
-        handles.append(layer.register_forward_hook(leaves))
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for handle in handles:
-            handle.remove()
-    return seen
+    given = {} if stage.case.whole else stage.inputs
+    return recorded(layers, lambda: stage.attached.forward(stage.arguments), given)
 
 
 def set_up(implementation: Implementation, case: Case) -> Stage:
@@ -331,7 +301,9 @@ def set_up(implementation: Implementation, case: Case) -> Stage:
     model = models.build(case)
     pristine = {name: tensor.detach().clone() for name, tensor in models.tensors(model).items()}
     arguments = models.arguments(case)
-    plain = recorded({spec.name: model.get_submodule(spec.name) for spec in case.layers}, lambda: model(*arguments))
+    given = {} if case.whole else dict(zip((spec.name for spec in case.layers), arguments, strict=True))
+    with frozen(model):  # as libraries leave the base
+        plain = recorded({spec.name: model.get_submodule(spec.name) for spec in case.layers}, lambda: model(*arguments), given)
     if case.sweep.quantizer is not None:
         quantizers.apply(model, case)
     before = architecture(model)
@@ -398,9 +370,10 @@ def cancel(stage: Stage) -> None:
     with torch.no_grad():
         for name in stage.targeted:
             for site in stage.sites(name):
-                change = stage.formula.delta(stage.machine, site).get("weight")
+                own = site.spec.weight_name
+                change = stage.formula.delta(stage.machine, site).get(own)
                 if change is not None:
-                    tensors[f"{name}.weight"].copy_(-change.value * (1 + 4 * u))
+                    tensors[f"{name}.{own}"].copy_(-change.value * (1 + 4 * u))
     note_start(stage)
     with stage.attached.disabled():
         stage.pristine_outputs.update({name: seen.y.detach().clone() for name, seen in stage.run().items()})

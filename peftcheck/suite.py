@@ -21,6 +21,7 @@ from peftcheck.record import QuantizedRecord
 from peftcheck.rounding import DTYPES
 from peftcheck.selection import PROFILES, Filters, Profile
 
+UNCOMBINED = frozenset({"mha"})  # layers of several weights: the laws of combinations compare one
 _PROBES = 40  # cases drawn, not built, to learn what the library claims on a sweep
 
 
@@ -120,6 +121,8 @@ def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
     if sweep.quantizer is not None and (law.name == "quantize.refuses") != (variant.quantizers[sweep.quantizer] is not Claim.YES):
         return ()
     if law.on == ("layers" if sweep.layer in MODELS else "models"):
+        return ()
+    if law.kinds and sweep.layer in UNCOMBINED:
         return ()
     if law.kinds:
         return [Cell(law.name, sweep, kind) for kind, promise in variant.combinations.items() if law.of_kind(kind, promise)]

@@ -91,7 +91,9 @@ def base(case: Case, spec: LayerSpec, name: str, shape: tuple[int, ...]) -> Tens
         rows = uniform(key + "|rows", (shape[0],)).reshape((-1,) + (1,) * (len(shape) - 1))
         return tensor * _power_of_ten(span * (2.0 * rows - 1.0))
     if case.profile == "huge":
-        return tensor.clamp(-2, 2) * (numbers.largest / (16 * max(spec.fan_in, 4)))
+        # in an attention layer two of them are multiplied
+        largest = math.sqrt(numbers.largest) if spec.kind == "mha" else numbers.largest
+        return tensor.clamp(-2, 2) * (largest / (16 * max(spec.fan_in, 4)))
     if case.profile == "subnormal":
         return tensor * (numbers.eta * 2.0 ** (numbers.bits + 1))
     return tensor

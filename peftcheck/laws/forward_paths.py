@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from peftcheck import values
+from peftcheck import attention, values
 from peftcheck.implementation import Op
 from peftcheck.law import SINGLE_AND_HALF, law
 from peftcheck.laws.plain import forward_holds
@@ -56,8 +56,8 @@ def _gradients(stage: Stage, data: dict[str, Tensor], recompute: bool) -> dict[s
         tensor.grad = None
     loss = torch.zeros((), dtype=torch.float64)
     for name in stage.targeted:
-        layer, x = stage.attached.layer(name), data[name]
-        y = checkpoint(layer, x, use_reentrant=False) if recompute else layer(x)
+        spec, layer, x = stage.spec(name), stage.attached.layer(name), data[name]
+        y = checkpoint(attention.run, spec, layer, x, use_reentrant=False) if recompute else attention.run(spec, layer, x)
         weights = values.normal(f"{stage.case.values}|target|{name}", tuple(y.shape))
         loss = loss + (y.double() * weights).sum()
     if loss.requires_grad:

@@ -15,8 +15,9 @@ from peftcheck.law import law
 from peftcheck.measurement import Measurement, broken, compare, identical, worst
 from peftcheck.oracle import FORMULAS
 from peftcheck.oracle.layers import layer_output
+from peftcheck.recording import Record
 from peftcheck.rounding import judged
-from peftcheck.stage import Record, Stage
+from peftcheck.stage import Stage
 
 
 def merge_all(stage: Stage, into: Attached | None = None) -> None:
@@ -87,12 +88,13 @@ def delta(stage: Stage) -> Measurement | None:
     tensors = stage.attached.base_values()
     found = []
     for name, change in reported.items():
-        form = stage.formula.delta(stage.machine, stage.site(0, name))["weight"]
-        merged = stage.merged(name, (0,))["weight"]
-        actual = tensors[f"{name}.weight"].double() - stage.start[f"{name}.weight"].double()
+        own = stage.spec(name).weight_name
+        form = stage.formula.delta(stage.machine, stage.site(0, name))[own]
+        merged = stage.merged(name, (0,))[own]
+        actual = tensors[f"{name}.{own}"].double() - stage.start[f"{name}.{own}"].double()
         # the fp64 subtraction here rounds too, which only an fp64 base can feel
-        own = 2.0**-53 * actual.abs() if merged.error is not None else 0.0
-        found.append(compare(f"{name}:delta", change, actual, form.bound + merged.bound + own))
+        here = 2.0**-53 * actual.abs() if merged.error is not None else 0.0
+        found.append(compare(f"{name}:delta", change, actual, form.bound + merged.bound + here))
     return worst(found) if found else None
 
 
@@ -166,7 +168,9 @@ def disable(stage: Stage) -> Measurement | None:
         if one.y.shape != plain.shape:
             return broken(f"{name}:output", "shape", f"{tuple(one.y.shape)} where {tuple(plain.shape)} is due")
         if not stage.variant.rewrites_base:
-            found.append(compare(f"{name}:output", one.y, plain, torch.zeros((), dtype=torch.float64)))
+            lost = torch.isnan(plain) & torch.isnan(one.y)  # where the base itself gives no number
+            y, due = one.y.masked_fill(lost, 0), plain.masked_fill(lost, 0)
+            found.append(compare(f"{name}:output", y, due, torch.zeros((), dtype=torch.float64)))
     if stage.can(Op.MERGE, Op.UNMERGE) and stage.finite:
         merge_all(stage)
         with stage.attached.disabled():

@@ -77,7 +77,7 @@ def attach(stage: Stage) -> Measurement | None:
 @law(
     "refuse.merge",
     "an unsupported merge is refused clearly, and writes nothing",
-    (Op.FORWARD,),
+    (),
     "BEFT and LoRA with bias cannot merge into a layer without bias; LoRA merges no grouped convolution",
     structural=True,
 )

@@ -40,6 +40,7 @@ def tied_case(case: Case) -> Case:
     "merging into a tied embedding left the output layer with the old weight (huggingface/peft#2972)",
     structural=True,
     quick=SINGLE_AND_HALF,
+    sweeps=lambda sweep: sweep.layer != "mha",  # whose weight no other layer shares
 )
 def tied(stage: Stage) -> Measurement | None:
     """Share a weight of an adapted layer with one that has no adapter; follow both through an adapter's life.
@@ -48,7 +49,7 @@ def tied(stage: Stage) -> Measurement | None:
     is refused; then the other computes with the merged weight, within the running error of its forward pass. Budget
     of all else: 0.
     """
-    if stage.case.layers[0].kind == "mha" or not stage.outputs_count:
+    if not stage.outputs_count:
         return None
     one = stage if tied_case(stage.case) == stage.case else set_up(stage.implementation, tied_case(stage.case))
     pairs = [(spec.tied, spec.name) for spec in one.case.layers if spec.tied in one.targeted]

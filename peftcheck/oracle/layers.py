@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, LayerSpec
+from peftcheck.oracle.attention import attend
 from peftcheck.oracle.form import Base
 from peftcheck.oracle.normalization import layer_norm
 from peftcheck.rounding import Arithmetic, Bounded
@@ -80,6 +81,8 @@ def with_bias(ar: Arithmetic, spec: LayerSpec, y: Bounded, bias: Bounded | None)
 
 def layer_output(ar: Arithmetic, spec: LayerSpec, base: Base, x: Bounded) -> Bounded:
     """Return the plain layer's output for the given weight and bias."""
+    if spec.kind == "mha":
+        return attend(ar, spec, base, x)
     if spec.kind == "layernorm":
         return layer_norm(ar, base["weight"], base.get("bias"), x)
     return with_bias(ar, spec, linear_map(ar, spec, base["weight"], x), base.get("bias"))

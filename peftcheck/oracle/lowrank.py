@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
 
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, AdapterSpec, LayerSpec
-from peftcheck.oracle.additive import additive
-from peftcheck.oracle.form import Machine, Site
-from peftcheck.oracle.layers import convolve, oriented, pointwise, scaled_lookup, with_bias
-from peftcheck.rounding import Bounded
+from peftcheck.oracle.additive import forward_by_adding, merge_by_adding
+from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.layers import convolve, layer_output, oriented, pointwise, scaled_lookup, with_bias
+from peftcheck.rounding import Bounded, leaf
 
 
 def scale(adapter: AdapterSpec) -> float:
@@ -69,6 +70,38 @@ def _second(spec: LayerSpec, b: Bounded) -> LayerSpec:
     return replace(pointwise(spec), groups=spec.groups)
 
 
-LORA = additive(delta, path, "Hu et al., LoRA, 2021, eq. 3: W + (alpha / r) B A")
+def _in_attention(m: Machine, site: Site) -> dict[str, Bounded]:
+    """Return s B A of the stacked projections of query, key and value, and of the output projection, each with its own."""
+    change, plain = {}, replace(site.spec, kind="linear")
+    for prefix, weight, bias in (("", "in_proj_weight", "in_proj_bias"), ("out.", "out_proj.weight", "out_proj.bias")):
+        own = {role: site.tensors[prefix + role] for role in ("A", "B", "B.bias") if prefix + role in site.tensors}
+        found = delta(m, replace(site, spec=plain, tensors=own))
+        change |= {name: found[kind] for kind, name in (("weight", weight), ("bias", bias)) if kind in found}
+    return change
+
+
+def any_delta(m: Machine, site: Site) -> dict[str, Bounded]:
+    """Return what an adapter adds to each tensor of a layer of any kind."""
+    return _in_attention(m, site) if site.spec.kind == "mha" else delta(m, site)
+
+
+_merge, _forward = merge_by_adding(any_delta), forward_by_adding(path)
+
+
+def forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bounded:
+    """Return W x + b + sum of s B A x; an attention layer's on weights that hold the sum, as it has no path beside them."""
+    if sites[0].spec.kind == "mha":
+        held = dict(base)
+        for site in sites:
+            for name, change in any_delta(m, site).items():
+                held.setdefault(name, leaf(torch.zeros_like(change.value), m.exact))  # a bias of the adapter's alone
+            held |= _merge(m, site, held)
+        return layer_output(m.base, sites[0].spec, held, x)
+    return _forward(m, sites, base, x)
+
+
+LORA = Formula(
+    Family.ADDITIVE, _merge, forward, "Hu et al., LoRA, 2021, eq. 3: W + (alpha / r) B A", delta=any_delta
+)
 
 FORMULAS = {"lora": LORA}

@@ -6,6 +6,7 @@ import torch
 
 from peftcheck.oracle.additive import forward_by_adding
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.softmax import softmax
 from peftcheck.rounding import Arithmetic, Bounded
 
 TASKS = 2
@@ -13,21 +14,6 @@ TASKS = 2
 
 _GUARD = 1e-12
 """The authors' code of Poly divides by the sum of the gates plus this."""
-
-
-def softmax(ar: Arithmetic, logits: Bounded) -> Bounded:
-    """Return the softmax over the last dimension.
-
-    Shifting by the largest logit, whichever the machine finds, changes nothing in exact arithmetic; subtracting,
-    exponentials, sum and quotient are bounded one by one. Each weight lies in [0, 1], so that no error exceeds 1.
-    """
-    at = logits.value.argmax(-1, keepdim=True)
-    exponent = ar.sub(logits, logits.map(lambda t: t.gather(-1, at)))
-    powers = ar.apply(exponent, torch.exp, torch.exp(exponent.value + exponent.bound))
-    # some kernels divide, some multiply by the reciprocal: one rounding more
-    weights = ar.mul(powers, ar.div(Bounded(torch.ones(())), ar.sum(powers, -1)))
-    most = 1.0 + ar.store.roundoff
-    return Bounded(weights.value, torch.where(weights.bound < most, weights.bound, most))
 
 
 def _lily(m: Machine, site: Site, x: Bounded) -> Bounded:

@@ -105,14 +105,17 @@ def _plain(spec: LayerSpec, unbiased: bool) -> LayerSpec:
         padding_mode="zeros",
         groups=1,
         padding_idx=None,
-        size=spec.kernel,
+        max_norm=None,
+        causal=False,
+        batch_first=True,
+        size=spec.kernel or (1,) * len(spec.size),
     )
 
 
 def _sized(spec: LayerSpec, n: int) -> LayerSpec:
     kernel = tuple(min(n, k) for k in spec.kernel)
     n_in, n_out, depth = min(n, spec.n_in), min(n, spec.n_out), min(n, spec.depth)
-    return replace(spec, n_in=n_in, n_out=n_out, kernel=kernel, size=kernel, depth=depth)
+    return replace(spec, n_in=n_in, n_out=n_out, kernel=kernel, size=kernel or spec.size, depth=depth, heads=1)
 
 
 def run_fields(case: Case, variant: Variant) -> list[Candidate]:

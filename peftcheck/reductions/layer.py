@@ -44,6 +44,10 @@ def _layer_steps(spec: LayerSpec) -> Iterator[tuple[dict[str, Any], str]]:
         )
     if spec.kind in CONVOLUTIONS:
         yield from _kernel_steps(spec)
+    if spec.kind == "mha":
+        yield from _attention_steps(spec)
+    if spec.max_norm is not None:
+        yield {"max_norm": None}, "without max_norm it holds"
     if spec.tied is not None:
         yield {"tied": None}, "untied it holds"
     if spec.padding_idx is not None:
@@ -55,10 +59,25 @@ def _layer_steps(spec: LayerSpec) -> Iterator[tuple[dict[str, Any], str]]:
         yield {"scale": 2.0}, f"scale 2 holds; {spec.scale:g} violates"
     for field in ("n_in", "n_out"):
         size = getattr(spec, field)
-        for n in smaller(size // spec.groups, 2 if spec.kind == "layernorm" else 1):
-            label = f"{field} {n * spec.groups} holds; {size} violates"
+        unit = spec.groups * spec.heads
+        for n in smaller(size // unit, 2 if spec.kind == "layernorm" else 1):
+            label = f"{field} {n * unit} holds; {size} violates"
             square = spec.kind in ("layernorm", "mha")
-            yield {name: n * spec.groups for name in (("n_in", "n_out") if square else (field,))}, label
+            yield {name: n * unit for name in (("n_in", "n_out") if square else (field,))}, label
+
+
+def _attention_steps(spec: LayerSpec) -> Iterator[tuple[dict[str, Any], str]]:
+    """Yield fewer heads, shorter sequences, attention to itself, the plain order and no mask."""
+    if spec.causal:
+        yield {"causal": False}, "without a mask it holds"
+    if not spec.batch_first:
+        yield {"batch_first": True}, "with the batch first it holds"
+    if spec.heads > 1:
+        yield {"heads": 1}, f"with one head it holds; {spec.heads} violate"
+    if len(spec.size) > 1:
+        yield {"size": spec.size[:1]}, "attending to itself it holds"
+    for made in _tuples(spec.size, 1):
+        yield {"size": made}, f"length {_by(made)} holds; {_by(spec.size)} violates"
 
 
 def _kernel_steps(spec: LayerSpec) -> Iterator[tuple[dict[str, Any], str]]:

@@ -41,7 +41,7 @@ BODIES: dict[str, Body] = {
 def steps(scene: Scene, law: str) -> list[str] | None:
     """Return the calls into the library that the law makes, for a crash that needs no comparison."""
     say, stage = scene.say, scene.stage
-    runs = [f"{say.layer(name)}({scene.takes(name)})" for name in stage.targeted]
+    runs = [scene.runs(name) for name in stage.targeted]
     if law == "forward.oracle":
         return runs
     if law in ("safe_merge.rejects", "safe_merge.atomic", "safe_merge.names", "safe_merge.all_or_nothing"):

@@ -47,14 +47,14 @@ def outputs(scene: Scene) -> list[str]:
     x = scene.stage.inputs[scene.site]
     form = scene.stage.output(scene.site, x)
     allowed = judged(form, machine=scene.stage.machine.base.store)
-    found = f"found = {scene.say.layer(scene.site)}({scene.takes(scene.site)}).detach()"
+    found = f"found = {scene.runs(scene.site)}.detach()"
     note = "# expected: the closed form, computed in fp64 outside the library"
     return [found, note, *compared(literal(form.value), allowed)]
 
 
 def forward(scene: Scene) -> list[str]:
     """Run the layer adapted and merged."""
-    stage, call = scene.stage, f"{scene.say.layer(scene.site)}(x).detach()"
+    stage, call = scene.stage, f"{scene.runs(scene.site, 'x')}.detach()"
     activation = stage.activation(scene.site, stage.inputs[scene.site])
     merged = {**stage.base(scene.site), **stage.merged(scene.site)}
     after = layer_output(stage.machine.base, stage.spec(scene.site), merged, activation)
@@ -66,15 +66,16 @@ def forward(scene: Scene) -> list[str]:
 def delta(scene: Scene) -> list[str]:
     """Compare the delta that the library reports with what its merge changes."""
     stage = scene.stage
-    form = stage.formula.delta(stage.machine, stage.site(0, scene.site))["weight"]
-    allowed = form.bound + stage.merged(scene.site, (0,))["weight"].bound
-    if stage.merged(scene.site, (0,))["weight"].error is not None:
+    own = stage.spec(scene.site).weight_name
+    form, merged = stage.formula.delta(stage.machine, stage.site(0, scene.site))[own], stage.merged(scene.site, (0,))[own]
+    allowed = form.bound + merged.bound
+    if merged.error is not None:
         allowed = allowed + 2.0**-53 * form.ceiling()
     return [
         f"found = {scene.say.delta(scene.site, stage.names[0])}.detach()",
-        f"before = {scene.current('weight')}.double()",
+        f"before = {scene.current(own)}.double()",
         scene.say.merge(stage.names[:1], stage.case.safe),
-        f"expected = {scene.current('weight')}.double() - before",
+        f"expected = {scene.current(own)}.double() - before",
         *compared(None, allowed),
     ]
 
@@ -102,7 +103,7 @@ def disable(scene: Scene) -> list[str]:
         allowed = plain.bound + after.bound
     run = [
         f"with {scene.say.disabled}:",
-        f"    found = {scene.say.layer(site)}({scene.takes(site)}).detach()",
+        f"    found = {scene.runs(site)}.detach()",
     ]
     return [
         *(scene.merges() if same else ()),

@@ -129,7 +129,7 @@ def _layer(spec: LayerSpec, dtype: str) -> str:
         return f"Matrix({', '.join(map(str, spec.weight_shape))}, dtype=torch.{dtype})"
     if spec.kind == "mha":
         return (
-            f"nn.MultiheadAttention({spec.n_in}, 1, bias={spec.bias}, batch_first=True, dtype=torch.{dtype})"
+            f"nn.MultiheadAttention({spec.n_in}, {spec.heads}, bias={spec.bias}, batch_first={spec.batch_first}, dtype=torch.{dtype})"
         )
     return f"nn.Linear({numbers}, bias={spec.bias}, dtype=torch.{dtype})"
 

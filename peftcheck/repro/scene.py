@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from peftcheck import attention
 from peftcheck.laws.safe_merge import Poisoned
 from peftcheck.measurement import Measurement
 from peftcheck.repro.model import literal
@@ -50,6 +51,17 @@ class Scene:
     def takes(self, name: str) -> str:
         """Return an expression for the input of a layer."""
         return literal(self.stage.inputs[name])
+
+    def runs(self, name: str, x: str | None = None) -> str:
+        """Return an expression for the output of a layer on its input, or on the tensor that `x` stands for."""
+        spec, given = self.stage.spec(name), x or self.takes(name)
+        if spec.kind != "mha":
+            return f"{self.say.layer(name)}({given})"
+        targets, sources = attention.lengths(spec)
+        along = attention.axis(spec, self.stage.inputs[name])
+        apart = f"[{given}] * 3" if attention.attends_to_itself(spec) else f"{given}.split({[targets, sources, sources]}, {along})"
+        mask = f", attn_mask=torch.ones({targets}, {sources}).triu(1).bool()" if spec.causal else ""
+        return f"{self.say.layer(name)}(*({apart}){mask})[0]"
 
 
 Body = Callable[[Scene], list[str] | None]

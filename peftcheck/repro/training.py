@@ -53,7 +53,7 @@ def dropout(scene: Scene) -> list[str] | None:
     """Run in training mode until two outputs differ."""
     if scene.measured.symptom != "dropout idle":
         return None
-    layer = f"{scene.say.layer(scene.site)}({scene.takes(scene.site)}).detach()"
+    layer = f"{scene.runs(scene.site)}.detach()"
     return [
         "model.train()",
         f"outputs = [{layer} for _ in range(300)]",
@@ -70,5 +70,5 @@ def identity_at_init(scene: Scene) -> list[str] | None:
         return None
     expected = scene.stage.pristine_outputs[scene.site]
     allowed = (expected.double().abs() * 0 + scene.measured.bound).clamp(min=0)
-    found = f"found = {scene.say.layer(scene.site)}({scene.takes(scene.site)}).detach()"
+    found = f"found = {scene.runs(scene.site)}.detach()"
     return [found, "# expected: the base's output, before anything was attached", *compared(literal(expected), allowed)]

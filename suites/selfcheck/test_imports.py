@@ -17,10 +17,10 @@ ROOT = Path(peftcheck.__file__).parent
 ORDER = """
     errors escape dataclass_json
     rounding rounding_linalg processor calibration
-    case where issue values transformer_models models targets
+    case where issue attention values transformer_models models targets
     implementation spelling refusal
     oracle budgets programs reductions quantizers
-    measurement architecture memento outcome
+    measurement architecture memento recording outcome
     generator_model generator stage checkpoint sequence operations training combination combination_diagnosis generator_combine
     law laws engine
     strategies machine

@@ -67,6 +67,17 @@ class PeftAttached:
                 yield name, module
                 module = module.base_layer
 
+    def _inner_layers(self) -> Iterator[tuple[str, str, BaseTunerLayer]]:
+        """Yield the tuner layers as above and those within them, with what begins the roles of their tensors.
+
+        Within are the output projections of attention layers, which are adapted along with the layer.
+        """
+        for name, module in self._tuner_layers():
+            yield name, "", module
+            inner = getattr(module.base_layer, "out_proj", None)
+            if isinstance(inner, BaseTunerLayer):
+                yield name, "out.", inner
+
     def sites(self, adapter: str) -> tuple[str, ...]:
         """Return the layers that hold a tensor of the adapter's own which its closed form names."""
         own: dict[str, list[int]] = {}
@@ -90,6 +101,8 @@ class PeftAttached:
         return tensors
 
     def _held(self, module: nn.Module) -> dict[str, Tensor]:
+        if isinstance(module, nn.MultiheadAttention):
+            return _of_attention(module)
         if not self.whole:
             return dict(module.named_parameters())
         # a module of a whole model may hold others, which are named themselves
@@ -111,8 +124,8 @@ class PeftAttached:
 
     def adapter_tensors(self, adapter: str) -> dict[tuple[str, str], Tensor]:
         own = {
-            (name, self.roles.get(key, key)): tensor
-            for name, module in self._tuner_layers()
+            (name, prefix + self.roles.get(key, key)): tensor
+            for name, prefix, module in self._inner_layers()
             for key, tensor in self._own(module, adapter)
         }
         return own | (self._saved(adapter) if self.whole else {})
@@ -157,7 +170,7 @@ class PeftAttached:
         self.model.train(mode)
 
     def rescale(self, adapter: str, factor: float) -> None:
-        for _, module in self._tuner_layers():
+        for _, _, module in self._inner_layers():
             module.set_scale(adapter, factor)
 
     def delta(self, site: str, adapter: str) -> Tensor:
@@ -201,6 +214,14 @@ class PeftAttached:
 
     def load(self, folder: Path, adapter: str) -> None:
         self.model.load_adapter(str(folder), adapter, autocast_adapter_dtype=self.autocast)
+
+
+def _of_attention(module: nn.MultiheadAttention) -> dict[str, Tensor]:
+    """Return an attention layer's tensors: while it is merged PEFT holds the weights as plain attributes."""
+    inner = module.out_proj.get_base_layer() if isinstance(module.out_proj, BaseTunerLayer) else module.out_proj
+    held = {"in_proj_weight": module.in_proj_weight, "in_proj_bias": module.in_proj_bias}
+    held |= {"out_proj.weight": inner.weight, "out_proj.bias": inner.bias}
+    return {name: tensor for name, tensor in held.items() if tensor is not None}
 
 
 def _own(module: BaseTunerLayer, adapter: str, roles: Mapping[str, str]) -> Iterator[tuple[str, Tensor]]:

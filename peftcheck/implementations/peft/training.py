@@ -34,7 +34,7 @@ _FIELDS: Mapping[str, str] = {
 }
 _TWO_KINDS = frozenset({"loha", "lokr"})
 _NO_FIELD = frozenset({"lora.arrow"})  # create_arrow_model gives the router no dropout
-_UNDROPPED = frozenset({"mha", "parameter"})  # PEFT declares that it refuses lora_dropout there
+_UNDROPPED = frozenset({"parameter"})  # PEFT declares that it refuses lora_dropout there
 # methods whose layers take `adapter_names`; whatever else is given them must be refused
 _MIX = frozenset({"lora", "glora", "road"})
 # where PEFT documents that a fresh adapter is not the identity

@@ -24,7 +24,7 @@ ROLES = {
     "lora_magnitude_vector.weight": "magnitude",
 }
 LAYERS = frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS, "embedding", "embedding.scaled"})
-UNASKED = frozenset({"mha"})
+ATTENTION = frozenset({"mha"})
 
 
 def configured(**constants) -> Callable[[AdapterSpec, list[str]], Any]:
@@ -75,8 +75,10 @@ def patterned(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bool) 
 
 
 def claim_bias(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
-    """A LoRA with a bias of its own needs a bias of the layer's to merge it into."""
-    return Claim.REFUSES if op in MERGES and not spec.bias else claim(op, spec, adapter)
+    """A LoRA with a bias of its own needs a bias of the layer's to merge it into; attention layers merge to run."""
+    if not spec.bias and (op in MERGES or (op is Op.FORWARD and spec.kind == "mha")):
+        return Claim.REFUSES
+    return claim(op, spec, adapter)
 
 
 def claim_dora(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
@@ -114,10 +116,9 @@ METHODS = (
         Variant(
             "lora",
             "lora",
-            LAYERS,
+            LAYERS | ATTENTION,
             fit=rank_divisible,
             claim=claim,
-            unasked=UNASKED,
             combinations=combinations.LORA,
         ),
         configured(),
@@ -127,10 +128,9 @@ METHODS = (
         Variant(
             "lora.pattern",
             "lora",
-            LAYERS,
+            LAYERS | ATTENTION,
             fit=patterned,
             claim=claim,
-            unasked=UNASKED,
             combinations=combinations.LORA,
         ),
         configured(),
@@ -143,9 +143,8 @@ METHODS = (
         Variant(
             "lora.rslora",
             "lora",
-            LAYERS,
+            LAYERS | ATTENTION,
             options={"rslora": (True,)},
-            unasked=UNASKED,
             fit=rank_divisible,
             claim=claim,
             combinations=combinations.LORA,
@@ -157,9 +156,8 @@ METHODS = (
         Variant(
             "lora.bias",
             "lora",
-            frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS}),
+            frozenset({"linear", "conv1d-transformers", *CONVOLUTIONS}) | ATTENTION,
             options={"rslora": (False, True)},
-            unasked=UNASKED,
             fit=rank_divisible,
             claim=claim_bias,
             combinations=combinations.LORA,

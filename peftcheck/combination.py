@@ -6,12 +6,14 @@ the scale that follows from the options each adapter declares; the library's own
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import wraps
 from types import MappingProxyType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from peftcheck.budgets import combine as budgets
 from peftcheck.case import CONVOLUTIONS, AdapterSpec, Case
@@ -50,7 +52,7 @@ class Combination:
     kind: Kind
     members: tuple[int, ...]
     weights: tuple[float, ...]
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)  # compared all the same
     seed: int = 0
 
     def but(self, **changes: Any) -> Combination:
@@ -74,6 +76,30 @@ class Combination:
     def density(self) -> float:
         """The share of elements that pruning keeps; 1 where the kind does not prune."""
         return float(self.options.get("density", 1.0)) if self.kind.prunes else 1.0
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What the library has made of a request: by layer, the options it declares and clones of the tensors, by role."""
+
+    adapters: Mapping[str, AdapterSpec]
+    tensors: Mapping[str, Mapping[str, Tensor]]
+
+
+def _once(work: Callable) -> Callable:
+    """Do `work` once for each case and arguments: what follows from the case alone is asked for by many laws.
+
+    Nothing may be written into what it returns.
+    """
+
+    @wraps(work)
+    def remembered(stage: Stage, *args: Any) -> Any:
+        key = (work.__name__, *args)
+        if key not in stage.remembered:
+            stage.remembered[key] = work(stage, *args)
+        return stage.remembered[key]
+
+    return remembered
 
 
 def requested(case: Case) -> Combination | None:
@@ -111,6 +137,36 @@ def combine(stage: Stage, asked: Combination, into: str = INTO, sources: Sequenc
             raise Declined from error
         raise
     return into
+
+
+def made(stage: Stage, asked: Combination) -> Combined:
+    """Return what the library makes of a request from the start of a law, to which the stage is put back.
+
+    Once for each case, with the error that it raises if it does: most laws look at the same combined adapter.
+    """
+    found = _attempt(stage, asked)
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+@_once
+def _attempt(stage: Stage, asked: Combination) -> Combined | Exception:
+    try:
+        return snapshot(stage, combine(stage, asked))
+    except Exception as error:  # raised by `made`, for each law that asks
+        return error
+    finally:
+        stage.put_back()
+
+
+def snapshot(stage: Stage, name: str) -> Combined:
+    """Return the combined adapter as it stands."""
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for (layer, role), tensor in stage.attached.adapter_tensors(name).items():
+        tensors.setdefault(layer, {})[role] = tensor.detach().clone()
+    adapters = {layer: stage.attached.described(layer, name) for layer in stage.attached.sites(name)}
+    return Combined(adapters, tensors)
 
 
 def needs_refused_delta(stage: Stage, asked: Combination) -> bool:
@@ -154,23 +210,36 @@ def ungrouped(site: Site) -> Site:
 
 def sources(stage: Stage, asked: Combination, layer: str) -> tuple[list[Site], list[float]]:
     """Return the sites of those members that adapt the layer, with their weights."""
+    kept = _members(stage, asked, layer)
+    return [stage.site(index, layer) for index, _ in kept], [weight for _, weight in kept]
+
+
+def _members(stage: Stage, asked: Combination, layer: str) -> list[tuple[int, float]]:
     pairs = zip(asked.members, asked.weights, strict=True)
-    kept = [(stage.site(index, layer), weight) for index, weight in pairs if index in stage.adapters_on(layer)]
-    return [site for site, _ in kept], [weight for _, weight in kept]
+    return [(index, weight) for index, weight in pairs if index in stage.adapters_on(layer)]
 
 
-def combined(stage: Stage, name: str, layer: str) -> Site | None:
+def changes(stage: Stage, asked: Combination, layer: str, plain: bool = False) -> list[Change]:
+    """Return what each of `sources` adds to the layer, in the adapter's arithmetic or in plain fp64."""
+    return [_change_of(stage, index, layer, plain) for index, _ in _members(stage, asked, layer)]
+
+
+@_once
+def _change_of(stage: Stage, index: int, layer: str, plain: bool) -> Change:
+    return change(stage, plain_machine(stage) if plain else stage.machine, stage.site(index, layer))
+
+
+def combined(stage: Stage, found: Combined, layer: str) -> Site | None:
     """Return the combined adapter on a layer, or None where the library has put none there."""
-    tensors = {role: t for (site, role), t in stage.attached.adapter_tensors(name).items() if site == layer}
-    if not tensors:
+    if layer not in found.tensors:
         return None
-    own = {role: leaf(tensor, stage.machine.exact) for role, tensor in tensors.items()}
-    return Site(stage.spec(layer), stage.attached.described(layer, name), own)
+    own = {role: leaf(tensor, stage.machine.exact) for role, tensor in found.tensors[layer].items()}
+    return Site(stage.spec(layer), found.adapters[layer], own)
 
 
-def outcome(stage: Stage, name: str, layer: str) -> Change | None:
+def outcome(stage: Stage, found: Combined, layer: str) -> Change | None:
     """Return what the combined adapter adds to the layer, or None where the library has put none there."""
-    site = combined(stage, name, layer)
+    site = combined(stage, found, layer)
     return None if site is None else change(stage, plain_machine(stage), site)
 
 
@@ -179,45 +248,60 @@ def layers(stage: Stage, asked: Combination) -> tuple[str, ...]:
     return tuple(name for name in stage.targeted if sources(stage, asked, name)[0])
 
 
-def total(stage: Stage, asked: Combination, layer: str, m: Machine | None = None) -> Change:
-    """Return sum w_i D_i, with what its computation in the adapter's arithmetic may be off."""
-    m = m or stage.machine
-    sites, weights = sources(stage, asked, layer)
-    changes = [change(stage, m, site) for site in sites]
-    found: Change = {}
-    for name in dict.fromkeys(name for one in changes for name in one):
-        parts = [(one[name], weight) for one, weight in zip(changes, weights, strict=True) if name in one]
-        found[name] = weighted_sum(m.adapter, [part for part, _ in parts], [weight for _, weight in parts])
+def total(stage: Stage, asked: Combination, layer: str, plain: bool = False) -> Change:
+    """Return sum w_i D_i, with what its computation in the adapter's arithmetic (or in plain fp64) may be off."""
+    return _total(stage, asked.members, asked.weights, layer, plain)
+
+
+@_once
+def _total(stage: Stage, members: tuple[int, ...], weights: tuple[float, ...], layer: str, plain: bool) -> Change:
+    m = plain_machine(stage) if plain else stage.machine
+    pairs = [pair for pair in zip(members, weights, strict=True) if pair[0] in stage.adapters_on(layer)]
+    found, parts = {}, [(_change_of(stage, index, layer, plain), weight) for index, weight in pairs]
+    for name in dict.fromkeys(name for one, _ in parts for name in one):
+        own = [(one[name], weight) for one, weight in parts if name in one]
+        found[name] = weighted_sum(m.adapter, [part for part, _ in own], [weight for _, weight in own])
     return found
 
 
+@_once
 def ideal(stage: Stage, asked: Combination, layer: str) -> Change:
     """Return what the kind's definition makes of the full deltas, before any truncation; nothing may be random."""
-    sites, weights = sources(stage, asked, layer)
-    changes = [change(stage, stage.machine, site) for site in sites]
+    _, weights = sources(stage, asked, layer)
+    parts = changes(stage, asked, layer)
     method = asked.options.get("majority_sign_method", "total")
     return {
-        name: definition(stage.machine.adapter, asked.kind, [one[name] for one in changes], weights, asked.density, method)
-        for name in changes[0]
+        name: definition(stage.machine.adapter, asked.kind, [one[name] for one in parts], weights, asked.density, method)
+        for name in parts[0]
     }
 
 
-def exact_bound(stage: Stage, asked: Combination, layer: str, steps: int = 1) -> dict[str, torch.Tensor]:
+def exact_bound(stage: Stage, asked: Combination, layer: str, steps: int = 1) -> dict[str, Tensor]:
     """Return the budget of an exact combination on a layer, taken in one step or two.
 
     Every term is rounded in each step: (1 + v)^8 - 1 < 2.1 ((1 + v)^4 - 1). A step of one adapter may put the weight
     on both sides: of one adapter all kinds are alike. A kind that adds may add the deltas themselves, each stored,
     weighted and added in the adapter's arithmetic: then a delta that underflows is off by eta times its weight.
     """
-    sites, weights = sources(stage, asked, layer)
-    if stage.formula.delta is None:
-        return budgets.gates(stage.machine, stage.formula, sites, weights, stage.base(layer))
-    scales = [scale(site.adapter) for site in sites]
     split = asked.kind.rank == "common" or len(asked.members) <= steps
-    bound = budgets.exact(stage.machine, stage.formula, scales, [ungrouped(s) for s in sites], weights, split)
+    bound = _exact_bound(stage, asked.members, asked.weights, layer, split)
+    if stage.formula.delta is None:
+        return bound
     if asked.kind.rank == "common":
         bound = {name: bound[name] + form.bound for name, form in total(stage, asked, layer).items()}
     return bound if steps == 1 else {name: 2.1 * value for name, value in bound.items()}
+
+
+@_once
+def _exact_bound(
+    stage: Stage, members: tuple[int, ...], weights: tuple[float, ...], layer: str, split: bool
+) -> dict[str, Tensor]:
+    own = [(stage.site(i, layer), w) for i, w in zip(members, weights, strict=True) if i in stage.adapters_on(layer)]
+    sites, weights = [site for site, _ in own], [weight for _, weight in own]
+    if stage.formula.delta is None:
+        return budgets.gates(stage.machine, stage.formula, sites, weights, stage.base(layer))
+    scales = [scale(site.adapter) for site in sites]
+    return budgets.exact(stage.machine, stage.formula, scales, [ungrouped(s) for s in sites], weights, split)
 
 
 def highest_rank(adapter: AdapterSpec) -> int:
@@ -248,13 +332,16 @@ def sound(stage: Stage, asked: Combination) -> bool:
     """Return whether every weighted factor and delta stays clear of overflow, so that numbers mean anything."""
     largest = min(stage.machine.adapter.store.largest, stage.machine.base.store.largest) / 16
     for layer in layers(stage, asked):
-        sites, weights = sources(stage, asked, layer)
-        reach = 0.0
-        for site, weight in zip(sites, weights, strict=True):
-            factor = max(1.0, *(float(form.value.abs().max()) for form in site.tensors.values() if form.value.numel()))
-            gain = scale(site.adapter) if stage.formula.delta is not None else 1.0
-            size = max(float(form.value.abs().max()) for form in change(stage, plain_machine(stage), site).values())
-            reach += max(1.0, abs(weight)) * max(1.0, gain) * max(factor, size) * max(1.0, factor)
+        reach = sum(max(1.0, abs(weight)) * _reach(stage, index, layer) for index, weight in _members(stage, asked, layer))
         if not reach / asked.density**2 <= largest:
             return False
     return True
+
+
+@_once
+def _reach(stage: Stage, index: int, layer: str) -> float:
+    site = stage.site(index, layer)
+    factor = max(1.0, *(float(form.value.abs().max()) for form in site.tensors.values() if form.value.numel()))
+    gain = scale(site.adapter) if stage.formula.delta is not None else 1.0
+    size = max(float(form.value.abs().max()) for form in _change_of(stage, index, layer, True).values())
+    return max(1.0, gain) * max(factor, size) * factor

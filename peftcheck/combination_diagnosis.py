@@ -10,36 +10,36 @@ from torch import Tensor
 
 from peftcheck import combination as combining
 from peftcheck import refusal
-from peftcheck.combination import Change, Combination
+from peftcheck.combination import Change, Combination, Combined
 from peftcheck.implementation import Promise
 from peftcheck.measurement import Measurement, Repair, compare
 from peftcheck.oracle.combination import cross_share
 from peftcheck.stage import Stage
 
 
-def explained(stage: Stage, asked: Combination, layer: str, found: Change, violation: Measurement) -> Measurement:
+def explained(stage: Stage, asked: Combination, made: Combined, layer: str, found: Change, violation: Measurement) -> Measurement:
     """Return a violated comparison with sum w_i D_i, its symptom named after the cause, its note saying what to do."""
     if violation.symptom != "numeric":
         return violation
-    due = {name: form.value for name, form in combining.total(stage, asked, layer, combining.plain_machine(stage)).items()}
+    due = {name: form.value for name, form in combining.total(stage, asked, layer, plain=True).items()}
     name = violation.role.partition(":")[2]
     value = found[name].value if name in found else torch.zeros_like(due[name])
-    for symptom, note in _causes(stage, asked, layer, name, value, due[name]):
+    for symptom, note in _causes(stage, asked, made, layer, name, value, due[name]):
         return repaired(stage, asked, replace(violation, symptom=symptom), note)
     return violation
 
 
 def _causes(
-    stage: Stage, asked: Combination, layer: str, name: str, found: Tensor, due: Tensor
+    stage: Stage, asked: Combination, made: Combined, layer: str, name: str, found: Tensor, due: Tensor
 ) -> Iterator[tuple[str, str]]:
     if _single_precision(stage, asked, layer, name, found, due):
         yield "single precision", "right to float32 only, where the adapters are float64"
     if stage.formula.delta is None:
         factored = "A" in combining.sources(stage, asked, layer)[0][0].tensors
-        lost = _not_copied(stage, asked, layer) if factored else identity_lost(stage, asked, layer, name, found, due)
+        lost = _not_copied(stage, asked, made, layer) if factored else identity_lost(stage, asked, layer, name, found, due)
         if lost is not None:
             yield lost
-    short = stored_shorter(stage, layer)
+    short = stored_shorter(stage, made, layer)
     if short is not None and _within(found, due, 2.0**-5 * _reach(stage, asked, layer, name)):
         yield "dtype", short
     if stage.formula.delta is None:
@@ -67,21 +67,20 @@ def _within(found: Tensor, due: Tensor, size: float) -> bool:
 
 def _reach(stage: Stage, asked: Combination, layer: str, name: str) -> float:
     """Return sum abs(w_i) norm(D_i)."""
-    sites, weights = combining.sources(stage, asked, layer)
-    changes = [combining.change(stage, combining.plain_machine(stage), site) for site in sites]
+    _, weights = combining.sources(stage, asked, layer)
+    changes = combining.changes(stage, asked, layer, plain=True)
     sizes = [float(torch.linalg.vector_norm(one[name].value)) if name in one else 0.0 for one in changes]
     return sum(abs(weight) * size for weight, size in zip(weights, sizes, strict=True))
 
 
-def stored_shorter(stage: Stage, layer: str) -> str | None:
+def stored_shorter(stage: Stage, made: Combined, layer: str) -> str | None:
     """Return what to say where the combined adapter is stored in a shorter dtype than its sources."""
-    names = [name for name in stage.attached.adapters() if name not in stage.names]
-    stored = [t.dtype for name in names for (site, _), t in stage.attached.adapter_tensors(name).items() if site == layer]
-    made = max(stored, key=lambda dtype: torch.finfo(dtype).eps, default=None)
+    stored = [tensor.dtype for tensor in made.tensors.get(layer, {}).values()]
+    shortest = max(stored, key=lambda dtype: torch.finfo(dtype).eps, default=None)
     kept = stage.machine.adapter.store.dtype
-    if made is None or torch.finfo(made).eps <= torch.finfo(kept).eps:
+    if shortest is None or torch.finfo(shortest).eps <= torch.finfo(kept).eps:
         return None
-    short, wide = (str(dtype).removeprefix("torch.") for dtype in (made, kept))
+    short, wide = (str(dtype).removeprefix("torch.") for dtype in (shortest, kept))
     return f"the combined adapter is stored in {short}, its sources in {wide}"
 
 
@@ -92,9 +91,8 @@ def wrong_alone(stage: Stage, asked: Combination, layer: str, name: str) -> tupl
         error = _error(stage, single)
         if error is None or error <= _tolerable(stage) or layer not in combining.layers(stage, single):
             continue
-        m = combining.plain_machine(stage)
-        due = combining.total(stage, single, layer, m)
-        got = combining.change(stage, m, combining.combined(stage, combining.INTO, layer))
+        due = combining.total(stage, single, layer, plain=True)
+        got = combining.outcome(stage, combining.made(stage, single), layer) or {}
         if name not in due:
             continue
         value, norm = zero_unless(got, name, due), float(due[name].value.norm())
@@ -110,13 +108,13 @@ def zero_unless(found: Change, name: str, due: Change) -> Tensor:
     return found[name].value if name in found else torch.zeros_like(due[name].value)
 
 
-def _not_copied(stage: Stage, asked: Combination, layer: str) -> tuple[str, str] | None:
+def _not_copied(stage: Stage, asked: Combination, made: Combined, layer: str) -> tuple[str, str] | None:
     """Return what to say where a single adapter's own tensors, other than its factors, have not come over."""
-    made, source = combining.combined(stage, combining.INTO, layer), combining.sources(stage, asked, layer)[0][0]
-    if len(asked.members) > 1 or made is None:
+    site, source = combining.combined(stage, made, layer), combining.sources(stage, asked, layer)[0][0]
+    if len(asked.members) > 1 or site is None:
         return None
     for role, form in source.tensors.items():
-        if role not in ("A", "B") and not (role in made.tensors and torch.equal(made.tensors[role].value, form.value)):
+        if role not in ("A", "B") and not (role in site.tensors and torch.equal(site.tensors[role].value, form.value)):
             return f"{role} lost", f"the combined adapter does not have its source's {role}"
     return None
 
@@ -175,15 +173,13 @@ def _tolerable(stage: Stage) -> float:
 
 
 def _error(stage: Stage, asked: Combination) -> float | None:
-    """Return the largest relative error over the layers of a combination, made anew; None where it fails."""
-    stage.put_back()
+    """Return the largest relative error over the layers of a combination; None where it fails."""
     try:
-        name = combining.combine(stage, asked)
+        made = combining.made(stage, asked)
         worst = 0.0
         for layer in combining.layers(stage, asked):
-            site = combining.combined(stage, name, layer)
-            due = combining.total(stage, asked, layer, combining.plain_machine(stage))
-            found = combining.change(stage, combining.plain_machine(stage), site) if site else {}
+            due = combining.total(stage, asked, layer, plain=True)
+            found = combining.outcome(stage, made, layer) or {}
             for tensor, form in due.items():
                 size = float(torch.linalg.vector_norm(form.value))
                 value = found[tensor].value if tensor in found else torch.zeros_like(form.value)
@@ -254,11 +250,9 @@ def unpruned_factors(stage: Stage, asked: Combination, layer: str) -> tuple[Repa
     due = combining.ideal(stage, asked, layer)["weight"].value
     rank = min(due.shape[0], due[0].numel())
     candidate = asked.of(twin, svd_rank=rank)
-    stage.put_back()
-    try:
-        site = combining.combined(stage, combining.combine(stage, candidate), layer)
-        # factors that are no adapter of the layer have no product
-        found = combining.change(stage, combining.plain_machine(stage), site)["weight"].value if site else torch.zeros_like(due)
+    try:  # factors that are no adapter of the layer have no product
+        change = combining.outcome(stage, combining.made(stage, candidate), layer)
+        found = change["weight"].value if change else torch.zeros_like(due)
     except combining.Declined:
         return ()
     except Exception as error:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from peftcheck import generator
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep
-from peftcheck.combination import REQUESTS
+from peftcheck.combination import REQUESTS, highest_rank
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.oracle.combination import KINDS, Kind
 
@@ -23,6 +23,8 @@ _WEIGHTS = (1.0, 1.0, -1.0, 0.5, -0.5, 2.0, 0.0, 0.3, -1.7, 1e-4, 1e3)
 _EXTREMES = (1e-12, -1e-12, 1e6, -1e6)
 _DYADIC = (1.0, 1.0, -1.0, 2.0, -2.0, 0.5, 0.0, 3.0)
 _NAMED = ((-1.0,), (1.0, -1.0), (2.0, -1.0, 0.5))  # a single one negated, a difference, an analogy
+_PLAIN = ((1.0, 1.0), (1.0, -1.0), (0.7, 0.3), (2.0, -1.0, 0.5), (-1.0, 0.5, 1.0))
+_PLAIN_DYADIC = ((1.0, 1.0), (1.0, -1.0), (2.0, -0.5), (2.0, -1.0, 0.5))
 _PROFILES = ("normal", "normal", "normal", "probe", "probe", "parallel", "duplicated", "onehot", "large", "small", "zero")
 
 
@@ -30,35 +32,78 @@ def combination_case(variant: Variant, sweep: Sweep, kind: str, seed: int, index
     """Return case `index` of a combination kind on a sweep, in the exact (dyadic) regime if asked for.
 
     One to five adapters, unlike in rank, alpha, options and targets where the kind allows that; the same adapter
-    may be a member twice; weights negative, zero, tiny and huge; at times another adapter is merged meanwhile.
+    may be a member twice; weights negative, zero, tiny and huge; at times another adapter is merged meanwhile. Every
+    fourth case of either regime is plain (`_plain`): every law says something of it, so that chance leaves no cell vacuous.
     """
     case = generator.draw(variant, sweep, seed, index, exact)
     exact = case.profile == "dyadic"
     rng = random.Random(f"{sweep}|{kind}|{seed}|{index}|{exact}")
     way = KINDS[kind]
-    adapters = _adapters(rng, variant, case.layers, way, exact)
-    members = list(range(len(adapters)))
-    if rng.random() < 0.15:
-        members.append(rng.choice(members))
-    weights = _weights(rng, len(members), exact)
-    extra = {
-        "kind": kind,
-        "members": tuple(members),
-        "weights": weights,
-        "seed": rng.randrange(2**31),
-        **_options(rng, variant, way, case.layers, adapters, members),
-    }
-    merged = rng.randrange(len(adapters))
-    if rng.random() < 0.15 and _merges(variant, case.layers, adapters[merged]):
-        extra["merged"] = merged
-    request = rng.choice((None, None, *REQUESTS))
-    if request is not None:
-        extra["request"] = request
+    if index % 8 in (2, 3):
+        case = _plain(rng, variant, case, way, exact)
+        adapters, settings = case.adapters, dict(case.extra)
+        members = settings["members"]
+    else:
+        adapters = _adapters(rng, variant, case.layers, way, exact)
+        members = list(range(len(adapters)))
+        if rng.random() < 0.15:
+            members.append(rng.choice(members))
+        settings = {"weights": _weights(rng, len(members), exact), **_options(rng, variant, way, case.layers, adapters, members)}
+        merged = rng.randrange(len(adapters))
+        if rng.random() < 0.15 and _merges(variant, case.layers, adapters[merged]):
+            settings["merged"] = merged
+    request = rng.choice(_requests(variant, way, adapters, len(members)))
+    extra = {**settings, "kind": kind, "members": tuple(members), "seed": rng.randrange(2**31), "request": request}
     avoided = variant.avoids
     profile = "dyadic" if exact else rng.choice([name for name in _PROFILES if name not in avoided])
     if not exact and index % 4 == 3 and "probe" not in avoided:
         profile = "probe"  # one law sees nothing else, and not in every probe
     return replace(case, adapters=adapters, profile=profile, extra=tuple(sorted(extra.items())))
+
+
+def _plain(rng: random.Random, variant: Variant, case: Case, way: Kind, exact: bool) -> Case:
+    """Return a case that every law of combinations can judge, with its members, weights and options.
+
+    Two or three adapters of one rank lie on one layer, which is no smaller than 4 x 4 and has no groups; weights are
+    moderate; the rank of the result cuts nothing off, and is full where a random drop may fill it; what prunes does.
+    """
+    spec = case.layers[0]
+    spec = replace(spec, n_in=max(4, spec.n_in), n_out=max(4, spec.n_out), groups=1)
+    rank = rng.choice([1, 4] if exact else [1, 2, 3, 4])
+    layers = (spec, *(other for other in case.layers[1:] if other.tied is None))
+    named = _PLAIN_DYADIC if exact else _PLAIN
+    weights = rng.choice([w for w in named if len(w) <= variant.most_adapters] or [(1.0,)])
+    adapters = []
+    for name in rng.choice(_NAMES)[: len(weights)]:
+        options = tuple((key, rng.choice(choices)) for key, choices in sorted(variant.options.items()))
+        alpha = float(rank) if exact else rng.choice([1.0, 3.0, float(rank), 2.0 * rank])
+        adapters.append(variant.fit(AdapterSpec(name, (0,), rank, alpha, options), layers, exact))
+    if not _merges(variant, layers, adapters[0]):  # a bias of the adapter's own needs one to be merged into
+        layers = (replace(spec, bias=True), *layers[1:])
+    settings: dict = {"members": tuple(range(len(weights))), "weights": weights}
+    if way.rank == "chosen":
+        sides = min(spec.n_out, spec.n_in * _area(spec))
+        settings["svd_rank"] = sides if way.prunes else min(sides, sum(highest_rank(adapter) for adapter in adapters))
+        settings["svd_full_matrices"] = rng.random() < 0.5
+    if way.prunes:
+        settings["density"] = rng.choice([0.5, 0.75, 0.9])
+    return replace(case, layers=layers, adapters=tuple(adapters), extra=tuple(sorted(settings.items())))
+
+
+def _requests(variant: Variant, way: Kind, adapters: Sequence[AdapterSpec], members: int) -> list[str]:
+    """Return the requests that mean nothing of these adapters, as `combine.refuses` puts them."""
+    several = members > 1
+    possible = {
+        "unknown kind": variant.combinations.keys() != {"linear"},  # of one way nothing is to be named
+        "unknown adapter": True,
+        "no adapter": True,
+        "fewer weights": several,
+        "unequal ranks": way.rank == "common" and len({highest_rank(adapter) for adapter in adapters}) > 1,
+        "driver": way.rank == "chosen" and several,
+        "taken name": len(adapters) > 1,
+        "no density": way.prunes is not None and several,
+    }
+    return [request for request in REQUESTS if possible[request]]
 
 
 def _merges(variant: Variant, layers: Sequence[LayerSpec], adapter: AdapterSpec) -> bool:

@@ -43,6 +43,7 @@ class Law:
     of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
     `on`: whether it is asked of layers alone, of whole models, or of both.
     `cases` tells, before anything is built, which cases can say anything about the law: building costs more than asking.
+    `exact`: whether it says anything in the exact regime.
     `quick`: the dtypes in which the quick profile runs it, fewer than all where a verdict hangs on logic, not rounding.
     """
 
@@ -59,6 +60,7 @@ class Law:
     on: str = "layers"  # "layers", "models" or "both"
     cases: Callable[[Variant, Case], bool] = _every_case
     quick: frozenset[str] = EVERY_DTYPE
+    exact: bool = True
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""
@@ -86,13 +88,14 @@ def law(
     on: str = "layers",
     cases: Callable[[Variant, Case], bool] = _every_case,
     quick: frozenset[str] = EVERY_DTYPE,
+    exact: bool = True,
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases, quick)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases, quick, exact)
         return measure
 
     return register

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -159,6 +159,7 @@ class Walk:
         self.crashed = crashed
         self.kind = kind
         self.variant = implementation.variants()[sweep.variant]
+        self._drawn: list[Case] = []
 
     def run(self) -> dict[str, CellResult]:
         """Return the result of every law, by name."""
@@ -176,10 +177,9 @@ class Walk:
             return {name: self._refusal(name) for name in self.laws}
         results: dict[str, CellResult] = {}
         open_laws: dict[str, _Tally] = {}
-        claims = self._claims()
         for name, law in self.laws.items():
             cell = Cell(name, self.sweep, self.kind)
-            idle = self._idle(law, claims)
+            idle = self._idle(law)
             if idle is None:
                 open_laws[name] = _Tally(law, cell)
             else:
@@ -201,20 +201,26 @@ class Walk:
             return generator.draw(self.variant, self.sweep, self.seed, index, exact)
         return combination_case(self.variant, self.sweep, self.kind, self.seed, index, exact)
 
-    def _claims(self) -> list[Case]:
-        return [self._draw(index, index % 2 == 0) for index in range(_PROBES)]
+    def _claims(self) -> Iterator[Case]:
+        """Yield cases that show what the library claims here: each is drawn when a law is still in doubt."""
+        for index in range(_PROBES):
+            if index == len(self._drawn):
+                self._drawn.append(self._draw(index, index % 2 == 0))
+            yield self._drawn[index]
 
-    def _idle(self, law: Law, cases: Sequence[Case]) -> tuple | None:
+    def _idle(self, law: Law) -> tuple | None:
         """Return state and message of a law that nothing on this sweep can be asked, else None."""
         if law.name.startswith("refuse."):
-            if not any(_claims_of(self.variant, case, law) for case in cases):
+            if not any(_claims_of(self.variant, case, law) for case in self._claims()):
                 return ("absent", 0, None, None, 0.0, None, None, (), "nothing is declared unsupported here")
             return None
         if not law.concerns(self.variant):
             return ("absent", 0, None, None, 0.0, None, None, (), "the law says nothing about this method")
-        found = {_weakest(self.variant, case, law) for case in cases}
-        if Claim.YES in found:
-            return None
+        found = set()
+        for case in self._claims():
+            found.add(_weakest(self.variant, case, law))
+            if Claim.YES in found:
+                return None
         if Claim.REFUSES in found:
             return ("unsupported", 0, None, None, 0.0, None, None, (), "declared; refuse.merge checks that it refuses")
         return ("absent", 0, None, None, 0.0, None, None, (), "the library has no such operation")
@@ -308,7 +314,7 @@ class _Tally:
 
     def wants(self, exact: bool, profile: Profile, dyadic: bool) -> bool:
         if exact:
-            return dyadic and self.exact < profile.exact
+            return dyadic and self.law.exact and self.exact < profile.exact
         return self.native < profile.native or (not self.moving and not self.law.structural)
 
     def add(self, case: Case, exact: bool, outcome: Outcome, seconds: float) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from peftcheck import combination as combining
 from peftcheck import combination_diagnosis as diagnosis
-from peftcheck.combination import Combination
+from peftcheck.combination import Combination, Combined
 from peftcheck.implementation import Op, Promise
 from peftcheck.laws.combine_relations import (
     agree,
@@ -19,6 +19,7 @@ from peftcheck.laws.combine_relations import (
     normwise,
     of_several,
     read,
+    read_all,
     sums,
     values_of,
 )
@@ -27,7 +28,7 @@ from peftcheck.oracle.combination import crossing
 from peftcheck.stage import Stage
 
 
-def _against_sum(stage: Stage, asked: Combination, name: str, part: Combination | None = None) -> Measurement:
+def _against_sum(stage: Stage, asked: Combination, made: Combined, part: Combination | None = None) -> Measurement:
     """Compare a combined adapter with sum w_i D_i on every layer: elementwise, or by norm where it came from an SVD.
 
     `part`: a first step whose truncated result, off by e, went into the second with weight 1. There e is one more doubt
@@ -35,8 +36,8 @@ def _against_sum(stage: Stage, asked: Combination, name: str, part: Combination 
     """
     found = []
     for layer in combining.layers(stage, asked):
-        got = read(stage, name, layer)
-        due = combining.total(stage, asked, layer, combining.plain_machine(stage))
+        got = read(stage, made, layer)
+        due = combining.total(stage, asked, layer, plain=True)
         if asked.kind.rank == "chosen" and stage.formula.delta is not None:
             target = combining.total(stage, asked, layer)
             limit = {key: combining.truncated_bound(stage, asked, form) for key, form in target.items()}
@@ -52,7 +53,7 @@ def _against_sum(stage: Stage, asked: Combination, name: str, part: Combination 
         one = worst(measured)
         found.append((one, layer, got))
     one, layer, got = max(found, key=lambda item: _rank(item[0]))
-    return one if one.holds else diagnosis.explained(stage, asked, layer, got, one)
+    return one if one.holds else diagnosis.explained(stage, asked, made, layer, got, one)
 
 
 def _rank(m: Measurement) -> float:
@@ -71,7 +72,7 @@ def linear(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or combining.promise(stage, asked) is not Promise.EXACT:
         return None
-    return _against_sum(stage, asked, combining.combine(stage, asked))
+    return _against_sum(stage, asked, combining.made(stage, asked))
 
 
 @combining_law(
@@ -82,6 +83,7 @@ def linear(stage: Stage) -> Measurement | None:
     kinds=lambda kind, promise: promise is not Promise.UNSPECIFIED,
     cases=lambda variant, case: case.profile == "probe" and of_several(variant, case),
     concerns=has_delta,
+    exact=False,
 )
 def cross_term_free(stage: Stage) -> Measurement | None:
     """Combine probes whose true and cross terms lie in disjoint places, and measure what is where nothing may be."""
@@ -91,7 +93,7 @@ def cross_term_free(stage: Stage) -> Measurement | None:
     places = {}
     for layer in combining.layers(stage, asked):
         sites, _ = combining.sources(stage, asked, layer)
-        distinct = {site.adapter.name: combining.change(stage, combining.plain_machine(stage), site) for site in sites}
+        distinct = dict(zip((site.adapter.name for site in sites), combining.changes(stage, asked, layer, plain=True), strict=True))
         if stage.formula.delta is None or len(distinct) < 2:
             continue
         where = crossing([one["weight"].value for one in distinct.values()])
@@ -101,10 +103,9 @@ def cross_term_free(stage: Stage) -> Measurement | None:
         places[layer] = (where, target)
     if not places:
         return None
-    name = combining.combine(stage, asked)
-    found = []
+    made, found = combining.made(stage, asked), []
     for layer, (where, target) in places.items():
-        got = read(stage, name, layer)
+        got = read(stage, made, layer)
         value = got["weight"].value
         crossed, size = torch.linalg.vector_norm(value[where]), torch.linalg.vector_norm(value)
         share = float(crossed / size) ** 2 if size else 0.0
@@ -156,7 +157,7 @@ def cancel(stage: Stage) -> Measurement | None:
 def _exactly(stage: Stage, asked: Combination) -> Measurement | None:
     if not _meaningful(stage, asked):
         return None
-    return _against_sum(stage, asked, combining.combine(stage, asked))
+    return _against_sum(stage, asked, combining.made(stage, asked))
 
 
 def _meaningful(stage: Stage, asked: Combination) -> bool:
@@ -204,20 +205,19 @@ def permutation(stage: Stage) -> Measurement | None:
 
 
 def _compared(stage: Stage, asked: Combination, other: Combination, factor: float) -> Measurement:
-    """Combine twice from the same start and compare the second with `factor` times the first."""
-    first = _changes(stage, asked)
-    stage.put_back()
-    second = _changes(stage, other)
+    """Compare a combination with `factor` times another, both from the same start."""
+    first, second = read_all(stage, asked), read_all(stage, other)
+    made = combining.made(stage, other)
     found = []
     for layer, change in first.items():
         for one in agree(stage, asked, layer, second[layer], change, factor):
             if not one.holds and stage.formula.delta is None:
                 tensor = one.role.partition(":")[2]
                 lost = diagnosis.identity_lost(stage, other, layer, tensor, second[layer][tensor].value, factor * change[tensor].value)
-                short = diagnosis.stored_shorter(stage, layer)
+                short = diagnosis.stored_shorter(stage, made, layer)
                 lost = lost or (("dtype", f"{short}; {one.note}") if short else None)
                 one = replace(one, symptom=lost[0], note=lost[1]) if lost else one
-            elif not one.holds and one.symptom == "numeric" and (short := diagnosis.stored_shorter(stage, layer)):
+            elif not one.holds and one.symptom == "numeric" and (short := diagnosis.stored_shorter(stage, made, layer)):
                 one = replace(one, symptom="dtype", note=f"{short}; {one.note}")
             elif not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1 and asked.kind.rank == "sum":
                 one = replace(one, symptom="groups")
@@ -228,14 +228,6 @@ def _compared(stage: Stage, asked: Combination, other: Combination, factor: floa
                     one = replace(one, symptom=symptom, note=note) if symptom == "scaled" else one
             found.append(one)
     return worst(found)
-
-
-def _changes(stage: Stage, asked: Combination) -> dict[str, combining.Change]:
-    name = combining.combine(stage, asked)
-    found = {}
-    for layer in combining.layers(stage, asked):
-        found[layer] = read(stage, name, layer)
-    return found
 
 
 @combining_law(
@@ -261,4 +253,6 @@ def additive(stage: Stage) -> Measurement | None:
     first = combining.combine(stage, part, "part")
     last = stage.names[asked.members[-1]]
     name = combining.combine(stage, asked.but(members=(0, 0), weights=(1.0, asked.weights[-1])), "whole", (first, last))
-    return _against_sum(stage, asked, name, part)
+    whole = combining.snapshot(stage, name)
+    stage.put_back()  # a diagnosis combines anew
+    return _against_sum(stage, asked, whole, part)

@@ -63,9 +63,10 @@ def refuses(stage: Stage) -> Measurement | None:
 
 
 def _is_sum(stage: Stage, asked: Combination, name: str) -> bool:
+    made = combining.snapshot(stage, name)
     for layer in combining.layers(stage, asked):
-        got = read(stage, name, layer)
-        due = values_of(combining.total(stage, asked, layer, combining.plain_machine(stage)))
+        got = read(stage, made, layer)
+        due = values_of(combining.total(stage, asked, layer, plain=True))
         if not worst(elementwise(layer, got, due, combining.exact_bound(stage, asked, layer))).holds:
             return False
     return True

@@ -12,7 +12,7 @@ from torch import Tensor
 from peftcheck import combination as combining
 from peftcheck.budgets import combine as budgets
 from peftcheck.case import Case
-from peftcheck.combination import Change, Combination, Declined
+from peftcheck.combination import Change, Combination, Combined, Declined
 from peftcheck.implementation import Claim, Op, Promise, Variant
 from peftcheck.law import Measure, law
 from peftcheck.measurement import Measurement, broken, compare
@@ -70,6 +70,7 @@ def combining_law(
     structural: bool = False,
     cases: Callable[[Variant, Case], bool] = comparable,
     concerns: Callable[[Variant], bool] = combines,
+    exact: bool = True,
 ):
     """Register a law of combinations, with the variants, kinds and cases that it may say anything of.
 
@@ -92,7 +93,7 @@ def combining_law(
             except Declined:
                 return None
 
-        law(name, formula, needs, source, structural, concerns, kinds, cases=able)(of_its_kinds)
+        law(name, formula, needs, source, structural, concerns, kinds, cases=able, exact=exact)(of_its_kinds)
         return measure
 
     return register
@@ -111,14 +112,19 @@ def asked_of(stage: Stage) -> Combination | None:
     return stage.remembered["asked"]
 
 
-def read(stage: Stage, name: str, layer: str) -> Change:
+def read(stage: Stage, found: Combined, layer: str) -> Change:
     """Return what a combined adapter adds to a layer; raises Declined where its factors do not make an adapter."""
-    site = combining.combined(stage, name, layer)
+    site = combining.combined(stage, found, layer)
     if site is None:
         raise Declined(f"no combined adapter on {layer}")
     if misfit(stage, site) is not None:
         raise Declined(f"factors on {layer} that do not fit")
     return combining.change(stage, combining.plain_machine(stage), site)
+
+
+def read_all(stage: Stage, asked: Combination) -> dict[str, Change]:
+    """Return what the library makes of a request, by layer."""
+    return {layer: read(stage, combining.made(stage, asked), layer) for layer in combining.layers(stage, asked)}
 
 
 def misfit(stage: Stage, site: Site) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from peftcheck import combination as combining
 from peftcheck import refusal
 from peftcheck.case import Case
-from peftcheck.combination import Combination
+from peftcheck.combination import Combination, Combined
 from peftcheck.implementation import Op
 from peftcheck.laws.combine_relations import (
     asked_of,
@@ -19,10 +19,10 @@ from peftcheck.laws.combine_relations import (
     comparable,
     has_delta,
     misfit,
-    read,
+    read_all,
 )
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
-from peftcheck.oracle.form import Site, machine
+from peftcheck.oracle.form import Base, machine
 from peftcheck.rounding import judged
 from peftcheck.stage import Stage
 
@@ -111,18 +111,17 @@ def rank(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None:
         return None
-    name = combining.combine(stage, asked)
-    wanted = set(combining.layers(stage, asked))
-    sites = set(stage.attached.sites(name))
+    made = combining.made(stage, asked)
+    wanted, sites = set(combining.layers(stage, asked)), set(made.adapters)
     if sites != wanted:
         return broken("model:layers", "layers", f"combined on {sorted(sites)}, asked on {sorted(wanted)}")
     alone = " of one adapter" if len(asked.members) == 1 else ""
     for layer in sorted(wanted):
-        declared = stage.attached.described(layer, name).rank
+        declared = made.adapters[layer].rank
         due = _fitting(stage, asked, layer, declared)
         if declared != due:
             return broken("model:rank", f"rank{alone}", f"rank {declared} where {due} was asked for")
-        site = combining.combined(stage, name, layer)
+        site = combining.combined(stage, made, layer)
         if site is None or not {"A", "B"} <= site.tensors.keys():
             continue
         wrong, rows = misfit(stage, site), site.tensors["A"].value.shape[0]
@@ -161,9 +160,8 @@ def reload(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None:
         return None
+    read_all(stage, asked)
     name = combining.combine(stage, asked)
-    for layer in combining.layers(stage, asked):
-        read(stage, name, layer)
     with tempfile.TemporaryDirectory() as folder:
         stage.attached.save(Path(folder), (name,))
         stored = Path(folder) / name
@@ -226,15 +224,13 @@ def merge(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or stage.case.setting("merged") is not None:
         return None
-    name = combining.combine(stage, asked)
-    stage.attached.activate((name,))
-    forms = {}
-    for layer in combining.layers(stage, asked):
-        read(stage, name, layer)
-        site = combining.combined(stage, name, layer)
-        forms[layer] = _merged(stage, name, site)
+    read_all(stage, asked)
+    made = combining.made(stage, asked)
+    forms = {layer: _merged(stage, made, layer) for layer in combining.layers(stage, asked)}
     if not all(stage.sound(*forms_.values()) for forms_ in forms.values()):
         return None
+    name = combining.combine(stage, asked)
+    stage.attached.activate((name,))
     stage.attached.merge((name,), safe=stage.case.safe)
     tensors = stage.attached.base_values()
     return worst([
@@ -244,11 +240,11 @@ def merge(stage: Stage) -> Measurement | None:
     ])  # fmt: skip
 
 
-def _merged(stage: Stage, name: str, site: Site):
+def _merged(stage: Stage, made: Combined, layer: str) -> Base:
     """Return the closed form of the merge, in the dtype that the combined adapter is stored in."""
-    stored = next(t.dtype for (layer, _), t in stage.attached.adapter_tensors(name).items() if layer == site.spec.name)
+    stored = next(iter(made.tensors[layer].values())).dtype
     m = machine(stage.machine.base.store.dtype, stored, stage.machine.exact)
-    return stage.formula.merge(m, site, stage.base(site.spec.name))
+    return stage.formula.merge(m, combining.combined(stage, made, layer), stage.base(layer))
 
 
 def _without_repeats(case: Case) -> bool:

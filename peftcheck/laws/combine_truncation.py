@@ -12,7 +12,7 @@ from peftcheck import combination as combining
 from peftcheck import combination_diagnosis as diagnosis
 from peftcheck.combination import Combination
 from peftcheck.implementation import Op, Promise
-from peftcheck.laws.combine_relations import agree, asked_of, combining_law, has_delta, normwise, of_several, read
+from peftcheck.laws.combine_relations import agree, asked_of, combining_law, has_delta, normwise, of_several, read, read_all
 from peftcheck.measurement import Measurement, compare, worst
 from peftcheck.oracle.combination import DENSE, KINDS, Kind, drops, tail
 from peftcheck.rounding import Bounded
@@ -31,10 +31,8 @@ def best_rank(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or combining.promise(stage, asked) is not Promise.BEST_RANK or "svd_clamp" in asked.options:
         return None
-    name = combining.combine(stage, asked)
-    combined = {layer: read(stage, name, layer) for layer in combining.layers(stage, asked)}
     found = []
-    for layer, got in combined.items():  # a diagnosis combines anew: everything has been read by then
+    for layer, got in read_all(stage, asked).items():
         for key, target in combining.total(stage, asked, layer).items():
             value = got[key].value if key in got else torch.zeros_like(target.value)
             least = tail(target.value, combining.rank_of(stage, asked)) if key == "weight" else 0.0
@@ -62,8 +60,8 @@ def _cause(
         return replace(one, symptom="lost", note="the combined adapter leaves the bias alone")
     if stage.machine.adapter.store.dtype == torch.float64:
         total = sum(abs(w) for w in asked.weights)
-        changes = [combining.change(stage, combining.plain_machine(stage), s)["weight"] for s in combining.sources(stage, asked, layer)[0]]
-        single = 2.0**-22 * total * max(float(torch.linalg.vector_norm(c.value)) for c in changes)
+        changes = combining.changes(stage, asked, layer, plain=True)
+        single = 2.0**-22 * total * max(float(torch.linalg.vector_norm(one["weight"].value)) for one in changes)
         if one.residual <= single:
             return replace(one, symptom="single precision", note=f"right to float32 only, where the adapters are float64; {one.note}")
     key = one.role.partition(":")[2]
@@ -97,11 +95,9 @@ def defined(stage: Stage) -> Measurement | None:
         layers = tuple(n for n in layers if rank >= min(_sides(stage, asked, n)))
         if not layers:
             return None
-    name = combining.combine(stage, asked)
-    combined = {layer: read(stage, name, layer) for layer in layers}
     found = []
-    for layer, got in combined.items():  # a diagnosis combines anew: everything has been read by then
-        value = got["weight"].value
+    for layer in layers:
+        value = read(stage, combining.made(stage, asked), layer)["weight"].value
         one = _dropped(stage, asked, layer, value) if random else _pruned(stage, asked, layer, value)
         if not one.holds and len(asked.members) == 1:
             note = "one adapter alone was scaled, neither pruned nor truncated"
@@ -139,8 +135,8 @@ def _pruned(stage: Stage, asked: Combination, layer: str, value: Tensor) -> Meas
 def _in_single(stage: Stage, asked: Combination, layer: str, value: Tensor, target: Bounded) -> bool:
     if stage.machine.adapter.store.dtype != torch.float64 or asked.kind.rank != "chosen":
         return False
-    sites, weights = combining.sources(stage, asked, layer)
-    changes = [combining.change(stage, combining.plain_machine(stage), site)["weight"].value for site in sites]
+    _, weights = combining.sources(stage, asked, layer)
+    changes = [one["weight"].value for one in combining.changes(stage, asked, layer, plain=True)]
     size = sum(abs(w) * float(torch.linalg.vector_norm(c)) for w, c in zip(weights, changes, strict=True))
     least = tail(target.value, combining.rank_of(stage, asked)) if asked.kind.rank == "chosen" else 0.0
     doubt = float(torch.linalg.vector_norm(target.bound))
@@ -149,8 +145,8 @@ def _in_single(stage: Stage, asked: Combination, layer: str, value: Tensor, targ
 
 def _dropped(stage: Stage, asked: Combination, layer: str, value: Tensor) -> Measurement:
     """Compare every element with the nearest of the 2^n values that dropping can leave there."""
-    sites, weights = combining.sources(stage, asked, layer)
-    changes = [combining.change(stage, stage.machine, site)["weight"] for site in sites]
+    _, weights = combining.sources(stage, asked, layer)
+    changes = [one["weight"] for one in combining.changes(stage, asked, layer)]
     method = asked.options.get("majority_sign_method", "total")
     total = combining.total(stage, asked, layer)["weight"]
     spread = replace(total, value=total.value.abs() / asked.density)
@@ -199,14 +195,13 @@ def expectation(stage: Stage) -> Measurement | None:
     layers = [n for n in combining.layers(stage, pair) if 0 < combining.rank_of(stage, pair) >= min(_sides(stage, pair, n))]
     kept, count = 0.0, 0
     for draw in range(8):
-        stage.put_back()
-        name = combining.combine(stage, pair.but(seed=asked.seed + draw))
+        made = combining.made(stage, pair.but(seed=asked.seed + draw))
         for layer in layers:
             sites, _ = combining.sources(stage, pair, layer)
             if sites[0].adapter.name != stage.names[first]:
                 continue
-            due = combining.change(stage, combining.plain_machine(stage), sites[0])["weight"].value
-            got = read(stage, name, layer)
+            due = combining.changes(stage, pair, layer, plain=True)[0]["weight"].value
+            got = read(stage, made, layer)
             solid = due.abs() > 2.0**-4 * due.abs().max()  # clear of the noise of the SVD
             kept += float((got["weight"].value[solid] / due[solid]).sum())
             count += int(solid.sum())
@@ -255,13 +250,5 @@ def clamp(stage: Stage) -> Measurement | None:
 
 
 def _same(stage: Stage, asked: Combination, other: Combination) -> Measurement:
-    name = combining.combine(stage, asked)
-    first = {layer: read(stage, name, layer) for layer in combining.layers(stage, asked)}
-    stage.put_back()
-    name = combining.combine(stage, other)
-    found = []
-    for layer, got in first.items():
-        due = read(stage, name, layer)
-        found += agree(stage, other, layer, got, due)
-    return worst(found)
-
+    other_changes = read_all(stage, other)
+    return worst([one for layer, got in read_all(stage, asked).items() for one in agree(stage, other, layer, got, other_changes[layer])])

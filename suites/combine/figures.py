@@ -47,10 +47,10 @@ def measured(peft: Peft, asked_case: Case) -> tuple[float, float, int]:
         torch.manual_seed(asked_case.values)
         stage = set_up(peft, asked_case)
         asked = combining.requested(asked_case)
-        name = combining.combine(stage, asked)
-        due = combining.total(stage, asked, "proj", combining.plain_machine(stage))["weight"].value
-        found = combining.outcome(stage, name, "proj")["weight"].value
-        rank = combining.combined(stage, name, "proj").tensors["A"].value.shape[0]
+        made = combining.snapshot(stage, combining.combine(stage, asked))
+        due = combining.total(stage, asked, "proj", plain=True)["weight"].value
+        found = combining.outcome(stage, made, "proj")["weight"].value
+        rank = made.tensors["proj"]["A"].shape[0]
     size = float(due.norm()) or 1.0
     return float((found - due).norm()) / size, tail(due, rank) / size, rank
 

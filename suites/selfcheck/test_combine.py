@@ -266,10 +266,9 @@ def relative_error(implementation, case: Case) -> float:
     with engine.pinned():
         stage = set_up(implementation, case)
         asked = combining.requested(case)
-        name = combining.combine(stage, asked)
-        m = combining.plain_machine(stage)
-        due = combining.total(stage, asked, "proj", m)["weight"].value
-        found = combining.outcome(stage, name, "proj")["weight"].value
+        made = combining.snapshot(stage, combining.combine(stage, asked))
+        due = combining.total(stage, asked, "proj", plain=True)["weight"].value
+        found = combining.outcome(stage, made, "proj")["weight"].value
     return float((found - due).norm() / due.norm()) if bool(due.any()) else float(found.norm())
 
 

@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from peftcheck.case import LAYERS, MODELS
-from peftcheck.implementation import Implementation, Promise
+from peftcheck.implementation import Implementation
 from peftcheck.rounding import DTYPES
 
 if TYPE_CHECKING:
@@ -43,8 +43,8 @@ class Profile:
     """How far a run searches: cases per cell in the exact regime and outside, and tries to find them.
 
     What it takes where no filter asks for more: all groups of laws and single laws but `leaves`; whole models in
-    `model_dtypes`; of the quantizers those that match `quantizers` (globs); of the groups `turns`, which have kinds, one
-    dtype at most for each variant, layer and kind, and of whole models one for each variant, another with the next seed
+    `model_dtypes`; of the quantizers those that match `quantizers` (globs); of the groups `turns`, which have kinds, some
+    variants in one dtype for each layer and kind, and of whole models one for each variant, others with the next seed
     (`in_turn`).
     """
 
@@ -69,6 +69,7 @@ class Profile:
         return bool(filters.dtype) or sweep.layer not in MODELS or sweep.dtype in self.model_dtypes
 
 
+_ABREAST = 3  # variants of which one has its turn: what they add to each other's share of the code is little
 _QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
 PROFILES = {
     "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine", "models"})),
@@ -78,15 +79,16 @@ PROFILES = {
 
 
 def in_turn(cells: Sequence[Cell], implementation: Implementation, groups: frozenset[str], seed: int) -> list[Cell]:
-    """Return the cells without those of the given groups whose dtype has not its turn; filters do not move a turn.
+    """Return the cells without those of the given groups whose variant or dtype has not its turn; filters do not move a turn.
 
-    Like a Latin square: over the layers each kind meets every dtype, over the kinds each layer does, and as many
-    seeds as there are dtypes visit every cell. Kinds without a promise, which share their code, pause every other time.
+    Of `_ABREAST` variants one has its turn on a layer with a kind, in one dtype, the others with the next seeds: like a
+    Latin square, so that over the layers each kind meets every dtype, over the kinds each layer does, and seeds in a row
+    visit every cell. Variants that combine on more layers come first, so that no layer is left out.
     Of the whole models that a variant accepts (group `models`) one has its turn.
     """
     variants = implementation.variants()
-    places = {name: place for place, name in enumerate(name for name, variant in variants.items() if variant.combinations)}
-
+    combining = sorted((v for v in variants.values() if v.combinations), key=lambda v: -len(v.layers & set(LAYERS)))
+    places = {variant.name: place for place, variant in enumerate(combining)}
     order = {name: place for place, name in enumerate(variants)}
 
     def has_its_turn(cell: Cell) -> bool:
@@ -97,9 +99,7 @@ def in_turn(cells: Sequence[Cell], implementation: Implementation, groups: froze
             return True
         variant = variants[cell.sweep.variant]
         own = [dtype for dtype in DTYPES if dtype in variant.dtypes]
-        place = places[variant.name] + LAYERS.index(cell.sweep.layer) + list(variant.combinations).index(cell.kind)
-        pauses = len(own) if variant.combinations[cell.kind] is Promise.UNSPECIFIED else 0
-        turn = (place + seed) % (len(own) + pauses)
-        return turn < len(own) and cell.sweep.dtype == own[turn]
+        place = places[variant.name] + LAYERS.index(cell.sweep.layer) + list(variant.combinations).index(cell.kind) + seed
+        return place % _ABREAST == 0 and cell.sweep.dtype == own[place // _ABREAST % len(own)]
 
     return [cell for cell in cells if has_its_turn(cell)]

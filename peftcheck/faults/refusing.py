@@ -63,6 +63,10 @@ def _refusing(spoil):
     return attach
 
 
+def _combines(port: Port, adapters, weights, kind, into, **options) -> None:
+    """Combine nothing, and say nothing."""
+
+
 def _leave_configuration(model: nn.Module, error: Exception) -> None:
     model.adapter_config = str(error)
 
@@ -106,6 +110,15 @@ FAULTS = (
         variants=_VARIANTS,
         layers=_LAYERS,
         suits=_refuses_merge,
+    ),
+    Fault(
+        "refuse.combines",
+        "adapters that do not add up are combined without a word",
+        "statement deletion, a standard mutation operator",
+        ("refuse.combine",),
+        replacing(combine=_combines),
+        variants=("ia3",),
+        layers=("linear", "conv2d"),
     ),
     Fault(
         "refuse.crashes",

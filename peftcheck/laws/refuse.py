@@ -137,3 +137,23 @@ def mixed_batch(stage: Stage) -> Measurement | None:
     call = [given[spec.name] for spec in stage.case.layers]
     with torch.no_grad():
         return _judge(stage, "mixed batch", lambda: stage.attached.forward(call, rows))
+
+
+@law(
+    "refuse.combine",
+    "combining adapters of a method that does not add up is refused clearly; nothing is added, nothing written",
+    (Op.FORWARD,),
+    "AdaLoRA inherits LoRA's add_weighted_adapter, whose sums mean nothing for its three factors",
+    structural=True,
+    sweeps=lambda sweep: sweep.dtype == "float32",
+    refuses=Op.COMBINE,
+)
+def combine(stage: Stage) -> Measurement | None:
+    """Combine the first adapter with the last where the library declares that it does not."""
+    if stage.claims(Op.COMBINE) is not Claim.REFUSES:
+        return None
+    pair, known = (stage.names[0], stage.names[-1]), stage.attached.adapters()
+    found = _judge(stage, "combine", lambda: stage.attached.combine(pair, (1.0, 1.0), "cat", "combined"))
+    if found.holds and stage.attached.adapters() != known:
+        return broken(":combine", "left behind", f"refused, but 'combined' is registered beside {', '.join(known)}")
+    return found

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from peftcheck import combination as combining
-from peftcheck import engine, law, selection, suite, values
+from peftcheck import engine, generator, law, selection, suite, values
 from peftcheck.budgets import combine as budgets
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep, decode, encode
 from peftcheck.errors import UsageError
 from peftcheck.generator_combine import combination_case
-from peftcheck.implementation import Promise
+from peftcheck.implementation import Claim, Op, Promise
 from peftcheck.implementations.reference import Reference
 from peftcheck.oracle import FORMULAS, Site, machine
 from peftcheck.oracle.combination import (
@@ -204,6 +204,51 @@ def test_cases_reach_what_real_defects_needed():
     assert any(len({a.targets for a in case.adapters}) > 1 for case in drawn)
 
 
+@pytest.mark.parametrize("kind", ["cat", "linear", "svd"])
+@pytest.mark.parametrize("layer", ["linear", "conv1d", "conv3d", "embedding.scaled"])
+@pytest.mark.parametrize("exact", [True, False])
+def test_every_law_can_judge_every_fourth_case_so_that_chance_leaves_no_cell_vacuous(kind, layer, exact):
+    for name in ("lora", "lora.bias"):
+        variant = REFERENCE.variants()[name]
+        if layer not in variant.layers:
+            continue
+        for seed in range(3):
+            case = combination_case(variant, Sweep("reference", name, layer, "float16"), kind, seed, 10 if exact else 11, exact)
+            silent = {o.law for o in engine.check(REFERENCE, case, law.laws("combine.*")) if o.status == SKIP}
+            due = {one.name for one in law.laws("combine.*") if not one.of_kind(kind, variant.combinations[kind])}
+            assert silent == due | ({"combine.cross_term_free"} if exact else set()), case.words()
+
+
+def test_what_is_asked_for_once_is_made_once():
+    case = the_case("cat", (1.0, -1.0))
+    with engine.pinned():
+        scene = engine.Scene(REFERENCE, case)
+        scene.attach()
+        asked, stage = combining.requested(case), scene.stage
+        first = combining.made(stage, asked)
+        assert first is combining.made(stage, asked.having(svd_rank=None))  # equal requests, not the same object
+        for other in (asked.but(weights=(1.0, 1.0)), asked.having(svd_rank=2)):
+            assert first is not combining.made(stage, other)
+        assert tuple(stage.attached.adapters()) == tuple(stage.names)  # and the stage is as it was
+
+
+def test_a_request_that_the_library_crashes_on_is_put_once_and_crashes_for_all_who_ask(monkeypatch):
+    case, calls = the_case("cat", (1.0, -1.0)), []
+
+    def crash(stage, asked):
+        calls.append(asked)
+        raise KeyError("r")
+
+    with engine.pinned():
+        scene = engine.Scene(REFERENCE, case)
+        scene.attach()
+        monkeypatch.setattr(combining, "combine", crash)
+        for _ in range(2):
+            with pytest.raises(KeyError, match="r"):
+                combining.made(scene.stage, combining.requested(case))
+    assert len(calls) == 1
+
+
 def test_probes_have_disjoint_supports():
     case = the_case("cat", (1.0, -1.0), profile="probe")
     b = [values.adapter(case, i, "proj", "B", (12, 4), "factor") for i in range(2)]
@@ -287,6 +332,28 @@ def test_peft_two_identical_adapters_cancel(peft):
         assert check(peft, case, "combine.cancel").status == PASS
 
 
+HAND = {"single": (-1.0,), "two": (1.0, -1.0), "three": (2.0, -1.0, 0.5), "identical": (1.0, -1.0), "probes": (1.0, 1.0)}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_peft_keeps_what_each_kind_promises_of_the_hand_tests_and_breaks_what_is_known(peft, kind):
+    promised = law.laws("combine.linear", "combine.best_rank", "combine.definition", "combine.single", "combine.cancel")
+    for name, weights in HAND.items():
+        profile = {"identical": "duplicated", "probes": "probe"}.get(name, "normal")
+        options = {"density": 1.0} if KINDS[kind].prunes else {}
+        if KINDS[kind].rank == "chosen":
+            options["svd_rank"] = 12
+        outcomes = engine.check(peft, the_case(kind, weights, profile=profile, **options), promised)
+        broken = {o.fingerprint for o in outcomes if o.failed}
+        due = set()
+        if name in ("two", "three", "probes") and kind == "linear":
+            due = {"combine.linear|lora|weight|cross terms"}
+        elif name in ("two", "three", "probes") and KINDS[kind].rank == "common":
+            due = {"combine.definition|lora|weight|factors"}
+        assert broken == due, name
+        assert sum(o.status == PASS for o in outcomes) >= 2
+
+
 @pytest.mark.parametrize("weights", [(1.0, -1.0), (2.0, -1.0, 0.5)])
 def test_peft_linear_is_off_by_about_one(peft, weights):
     case = the_case("linear", weights)
@@ -328,6 +395,28 @@ def test_peft_keeps_the_definition_where_it_is_computed_on_deltas(peft, kind):
     outcomes = {o.law: o for o in engine.check(peft, case, law.laws("combine.definition", "combine.best_rank", "combine.linear"))}
     broken = {name for name, outcome in outcomes.items() if outcome.failed}
     assert broken == ({"combine.definition"} if KINDS[kind].rank == "common" else set())
+
+
+def test_peft_combines_what_its_variants_say_and_refuses_the_rest(peft):
+    """Fails when PEFT has an add_weighted_adapter that no variant knows of."""
+    from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+
+    offering = {t.value.lower() for t, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(tuner, "add_weighted_adapter")}
+    variants = {name: v for name, v in peft.variants().items() if not name.startswith("mixed.")}
+    known = {name.partition(".")[0] for name, v in variants.items() if v.combinations}
+    spec, adapter = LayerSpec("proj", "linear", 4, 4), AdapterSpec("a", (0,), 2, 2.0)
+    refusing = {name for name, v in variants.items() if v.claim(Op.COMBINE, spec, adapter) is Claim.REFUSES}
+    assert known == {"lora", "ia3"} and refusing == {"adalora"}
+    assert offering == known | refusing
+    assert law.laws("refuse.combine")[0].refuses is Op.COMBINE
+
+
+@pytest.mark.parametrize("name", ["adalora", "mixed.lora-loha", "mixed.oft-lora"])
+def test_peft_refuses_to_combine_what_does_not_add_up(peft, name):
+    sweep = Sweep("peft", name, "linear", "float32")
+    cases = (generator.draw(peft.variants()[name], sweep, 0, index) for index in range(40))
+    case = next(case for case in cases if len(case.layers) == 1)
+    assert check(peft, case, "refuse.combine").status == PASS
 
 
 # cells that take turns

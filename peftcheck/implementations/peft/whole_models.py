@@ -23,7 +23,7 @@ _CAUSAL = frozenset({"lora.alora"})
 
 def with_models(variant: Variant) -> Variant:
     """Return the variant with the whole models that have a layer of a kind which it accepts."""
-    accepted = having(variant.layers) if variant.name not in _APART else frozenset()
+    accepted = having(variant.layers) - variant.unasked if variant.name not in _APART else frozenset()
     if variant.name in _CAUSAL:
         accepted = frozenset(model for model in accepted if BLUEPRINTS[model].task == "CAUSAL_LM")
     unasked = having(variant.layers | variant.unasked) - accepted

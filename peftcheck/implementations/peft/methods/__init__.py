@@ -6,6 +6,7 @@ from importlib import import_module
 from types import ModuleType
 
 from peftcheck.implementations.peft.method import Method
+from peftcheck.implementations.peft.methods.variations import variations
 from peftcheck.implementations.peft.training import trained
 
 _FAMILIES = (
@@ -74,3 +75,4 @@ METHODS: dict[str, Method] = {
     if family is not None
     for method in map(trained, family.METHODS)
 }
+METHODS |= {method.variant.name: method for method in variations(METHODS)}

@@ -116,6 +116,7 @@ class Variant:
     `keeps`: the roles of what a checkpoint of the adapter holds besides its trainable tensors, once each (indices, a
     saved projection); frozen tensors of other roles are made anew on loading, from the options and the base.
     `batches`: the leading shapes of the inputs that a layer alone is given, where the method does not take any (empty: any).
+    `like`: the variant whose code this one runs but for what is read of the options once: not every quick run asks both.
     """
 
     name: str
@@ -145,6 +146,7 @@ class Variant:
     dropped: frozenset[str] = frozenset()
     keeps: Callable[[AdapterSpec], frozenset[str]] = _trainables_only
     batches: tuple[tuple[int, ...], ...] = ()
+    like: str = ""
     source: str = ""
 
 

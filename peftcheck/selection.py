@@ -44,8 +44,8 @@ class Profile:
 
     What it takes where no filter asks for more: all groups of laws and single laws but `leaves`; whole models in
     `model_dtypes`; of the quantizers those that match `quantizers` (globs); of the groups `turns`, which have kinds, some
-    variants in one dtype for each layer and kind, and of whole models one for each variant, others with the next seed
-    (`in_turn`).
+    variants in one dtype for each layer and kind, of whole models one for each variant, and of the variants that are
+    like another (`likes`) some, others with the next seed (`in_turn`).
     """
 
     name: str
@@ -72,7 +72,7 @@ class Profile:
 _ABREAST = 3  # variants of which one has its turn: what they add to each other's share of the code is little
 _QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine", "models"})),
+    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine", "models", "likes"})),
     "full": Profile("full", 6, 14, 120),
     "nightly": Profile("nightly", 20, 60, 480),
 }
@@ -84,14 +84,19 @@ def in_turn(cells: Sequence[Cell], implementation: Implementation, groups: froze
     Of `_ABREAST` variants one has its turn on a layer with a kind, in one dtype, the others with the next seeds: like a
     Latin square, so that over the layers each kind meets every dtype, over the kinds each layer does, and seeds in a row
     visit every cell. Variants that combine on more layers come first, so that no layer is left out.
-    Of the whole models that a variant accepts (group `models`) one has its turn.
+    Of the whole models that a variant accepts (group `models`) one has its turn, and of `_ABREAST` variants that are like
+    another (group `likes`) one, on all of its layers.
     """
     variants = implementation.variants()
     combining = sorted((v for v in variants.values() if v.combinations), key=lambda v: -len(v.layers & set(LAYERS)))
     places = {variant.name: place for place, variant in enumerate(combining)}
     order = {name: place for place, name in enumerate(variants)}
 
+    alike = {name: place for place, name in enumerate(name for name, variant in variants.items() if variant.like)}
+
     def has_its_turn(cell: Cell) -> bool:
+        if "likes" in groups and (alike.get(cell.sweep.variant, -seed) + seed) % _ABREAST:
+            return False
         own_models = [model for model in MODELS if model in variants[cell.sweep.variant].layers]
         if "models" in groups and cell.sweep.layer in own_models:
             return cell.sweep.layer == own_models[(order[cell.sweep.variant] + seed) % len(own_models)]

@@ -114,7 +114,7 @@ class Session:
         profile = suite.PROFILES[settings.profile]
         found = [cell for cell in found if profile.takes(cell, self.laws[cell.law], filters)]
         if not filters.dtype:
-            turns = profile.turns - ({"models"} if filters.layer else set())
+            turns = profile.turns - ({"models"} if filters.layer else set()) - ({"likes"} if filters.variant else set())
             found = selection.in_turn(found, self.implementation, turns, settings.seed)
         self.cells = _shard(found, settings.shard)
         if not self.cells:

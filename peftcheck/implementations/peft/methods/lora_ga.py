@@ -59,6 +59,7 @@ METHODS = (
             "lora.ga",
             "lora",
             BOTH,
+            like="lora",
             options={
                 "direction": ("ArBr", "A2rBr", "ArB2r", "random"),
                 "scale": ("stable", "weight_svd", "gd_scale", "unit"),

@@ -94,7 +94,7 @@ def _set(method: Method, name: str, keeps: tuple[str, ...] = (), **options: Any)
 
 
 def _narrow(variant: Variant) -> Variant:
-    return replace(variant, layers=_LINEAR, unasked=frozenset(SUBJECTS) - _LINEAR, dtypes=frozenset({"float32"}))
+    return replace(variant, like=variant.name, layers=_LINEAR, unasked=frozenset(SUBJECTS) - _LINEAR, dtypes=frozenset({"float32"}))
 
 
 _SET: Mapping[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...]] = {

@@ -59,7 +59,8 @@ class LayerSpec:
     extent. `scale` is the factor of a scaled embedding. `tied` names the layer whose weight this one shares.
     `depth` is the number of matrices of a stacked parameter (0: a plain matrix). An attention layer has `heads`; its
     `size` is the length of what it attends to itself, or those of the query and of what that attends to; `causal`: no
-    position sees a later one. `max_norm` is the norm to which an embedding shortens the rows that it looks up.
+    position sees a later one. `max_norm`: an embedding shortens what it looks up to so many times its own longest row,
+    more than once, so that none of its own is.
     """
 
     name: str
@@ -128,7 +129,7 @@ class LayerSpec:
         if self.padding_idx is not None:
             text += f", padding_idx {self.padding_idx}"
         if self.max_norm is not None:
-            text += f", max_norm {self.max_norm:g}"
+            text += f", max_norm {self.max_norm:g} times its longest row"
         if self.kind == "mha":
             text += f", heads {self.heads}, length {'x'.join(map(str, self.size)) or 1}"
             text += (", causal" if self.causal else "") + ("" if self.batch_first else ", sequence first")

@@ -48,6 +48,7 @@ def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = Fa
     adapters = _dropping(variant, sweep, f"{seed}|{index}|{exact}", _adapters(rng, variant, layers, targets, exact))
     half = sweep.dtype in ("bfloat16", "float16")
     profile = "dyadic" if exact else _profile(rng, variant, layers, adapters)
+    layers = _shortening(variant, layers, f"{sweep}|{seed}|{index}|{exact}", profile)
     return Case(
         sweep,
         seed,
@@ -86,6 +87,22 @@ def _dropping(variant: Variant, sweep: Sweep, key: str, adapters: tuple[AdapterS
     if not drawn["dropout"]:
         return adapters
     return tuple(replace(a, options=tuple(sorted({**dict(a.options), **drawn}.items()))) for a in adapters)
+
+
+_HOLD_ROWS = frozenset({"ln_tuning", "trainable_tokens"})
+
+
+def _shortening(variant: Variant, layers: tuple[LayerSpec, ...], key: str, profile: str) -> tuple[LayerSpec, ...]:
+    """Give some embeddings a max_norm, drawn apart: not where an adapter holds rows itself, which may be longer.
+
+    Nor where the base's rows change after they were measured, or overflow when they are.
+    """
+    if layers[0].kind not in EMBEDDINGS or variant.formula in _HOLD_ROWS or profile in ("cancelling", "huge"):
+        return layers
+    rng = random.Random(f"{key}|max_norm")
+    found = [replace(spec, max_norm=rng.choice([1.25, 1.25, 4.0])) if rng.random() < 0.2 else spec for spec in layers]
+    first = {spec.name: spec.max_norm for spec in found}
+    return tuple(replace(spec, max_norm=first[spec.tied]) if spec.tied else spec for spec in found)
 
 
 _QUANTIZED_PROFILES = ("onehot", "large", "small", "graded", "extreme", "duplicated")

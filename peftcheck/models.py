@@ -107,6 +107,9 @@ def build(case: Case) -> nn.Module:
     dtype = DTYPES[case.sweep.dtype]
     made = {spec.name: layer(spec, dtype) for spec in case.layers}
     for spec in case.layers:
+        if spec.max_norm is not None:
+            made[spec.name].max_norm = values.max_norm(case, spec)
+    for spec in case.layers:
         if spec.tied is not None:
             made[spec.name].weight = made[spec.tied].weight
     with torch.no_grad():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -207,7 +208,26 @@ class Stage:
             for own in [self.adapters_on(name)]
             for count in range(len(own))
             if self.complete(name)
-        )
+        ) and all(self._short(name) for name in self.targeted)
+
+    @property
+    def shortens(self) -> bool:
+        """Whether an adapted layer shortens in place what it looks up and finds too long."""
+        return any(self.spec(name).max_norm is not None for name in self.targeted)
+
+    def _short(self, name: str) -> bool:
+        """Return whether an embedding leaves every merged row as it is, whichever of the adapters are merged, in any order.
+
+        One that is longer than the layer's `max_norm` it would shorten, in place: merging is then no way to apply the
+        adapter.
+        """
+        limit = values.max_norm(self.case, self.spec(name))
+        if limit is None:
+            return True
+        own = self.adapters_on(name)
+        some = (merged for count in range(len(own)) for merged in permutations(own, count + 1))
+        tables = (self.merged(name, merged)["weight"].ceiling() for merged in some)
+        return all(float(torch.linalg.vector_norm(table, dim=-1).max()) < (1 - 2.0**-6) * limit for table in tables)
 
     @property
     def outputs_count(self) -> bool:

@@ -99,6 +99,14 @@ def base(case: Case, spec: LayerSpec, name: str, shape: tuple[int, ...]) -> Tens
     return tensor
 
 
+def max_norm(case: Case, spec: LayerSpec) -> float | None:
+    """Return the norm to which an embedding shortens what it looks up; None where it does not."""
+    if spec.max_norm is None:
+        return None
+    rows = base(case, spec, "weight", spec.weight_shape).to(DTYPES[case.sweep.dtype]).double()
+    return spec.max_norm * (float(torch.linalg.vector_norm(rows, dim=-1).max()) or 1.0)
+
+
 def adapter(case: Case, index: int, site: str, role: str, shape: tuple[int, ...], hint: str) -> Tensor:
     """Return the values of an adapter tensor, fp64.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from peftcheck import values
 from peftcheck.case import Case, LayerSpec
 from peftcheck.spelling import text
 from peftcheck.transformer_models import BLUEPRINTS, settings
@@ -93,7 +94,7 @@ def build(case: Case) -> list[str]:
         node = tree
         for part in containers:
             node = node.setdefault(part, {})
-        node[last] = _layer(spec, case.sweep.dtype)
+        node[last] = _layer(spec, case.sweep.dtype, values.max_norm(case, spec))
     lines = [f"model = {_modules(tree)}.{mode}()"]
     for spec in case.layers:
         if spec.tied is not None:
@@ -110,7 +111,7 @@ def _modules(tree: Mapping[str, Any]) -> str:
     return "nn.ModuleDict({" + ", ".join(items) + "})"
 
 
-def _layer(spec: LayerSpec, dtype: str) -> str:
+def _layer(spec: LayerSpec, dtype: str, longest: float | None = None) -> str:
     numbers = f"{spec.n_in}, {spec.n_out}"
     if spec.kind == "conv1d-transformers":
         return f"Conv1D({spec.n_out}, {spec.n_in}).to(torch.{dtype})"
@@ -119,6 +120,7 @@ def _layer(spec: LayerSpec, dtype: str) -> str:
     if spec.kind in ("embedding", "embedding.scaled"):
         scaled = spec.kind == "embedding.scaled"
         index = "" if spec.padding_idx is None else f", padding_idx={spec.padding_idx}"
+        index += "" if longest is None else f", max_norm={longest!r}"
         scale = f", embed_scale={spec.scale!r}" if scaled else ""
         return (
             f"{'ScaledEmbedding' if scaled else 'nn.Embedding'}({numbers}{index}{scale}, dtype=torch.{dtype})"

@@ -136,3 +136,17 @@ def test_the_mode_is_the_case_s():
 def test_an_unknown_kind_is_refused_in_words():
     with pytest.raises(UsageError, match="unknown layer kind 'dense'"):
         models.build(case(LayerSpec("a", "dense", 1, 1)))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16"])
+def test_an_embedding_with_a_max_norm_leaves_its_own_rows_and_shortens_longer_ones(dtype):
+    spec = LayerSpec("a.b", "embedding", 9, 4, max_norm=1.25)
+    here = case(spec, dtype=dtype, batch=(40,))
+    model, x = models.build(here), models.inputs(here)
+    layer = model.get_submodule("a.b").requires_grad_(False)
+    before = layer.weight.clone()
+    model(x["a.b"])
+    assert torch.equal(layer.weight, before)
+    layer.weight.mul_(2)
+    model(x["a.b"])
+    assert not torch.equal(layer.weight, 2 * before)

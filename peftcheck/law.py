@@ -45,6 +45,7 @@ class Law:
     `cases` tells, before anything is built, which cases can say anything about the law: building costs more than asking.
     `exact`: whether it says anything in the exact regime.
     `quick`: the dtypes in which the quick profile runs it, fewer than all where a verdict hangs on logic, not rounding.
+    `quick_models`: whether the quick profile asks it of whole models too.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Law:
     cases: Callable[[Variant, Case], bool] = _every_case
     quick: frozenset[str] = EVERY_DTYPE
     exact: bool = True
+    quick_models: bool = True
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""
@@ -89,13 +91,14 @@ def law(
     cases: Callable[[Variant, Case], bool] = _every_case,
     quick: frozenset[str] = EVERY_DTYPE,
     exact: bool = True,
+    quick_models: bool = True,
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases, quick, exact)
+        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases, quick, exact, quick_models)
         return measure
 
     return register

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from peftcheck import values
+from peftcheck import models, values
 from peftcheck.architecture import architecture, difference
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.programs import Step, words
@@ -19,6 +19,7 @@ from peftcheck.stage import Stage
 Operation = Callable[..., Measurement | None]
 _TRAINED = ("float64", "float32")  # where torch's CPU kernels have every backward
 _LEARNING = 2.0**-6
+_CHOOSES = ("activate", "add", "delete", "load")  # after these other tensors may be trained than before
 
 
 def play(stage: Stage, program: Sequence[Step], numeric: bool = True, partial: bool = True) -> Measurement:
@@ -46,7 +47,11 @@ def do(play: Play, step: Step) -> Measurement:
     if play.over or not play.can(kind):
         return NOTHING
     play.steps.append(words(step, play.stage.names))
+    if kind in _CHOOSES:
+        play.trained = None
     found = _OPERATIONS[kind](play, *arguments)
+    if kind in (*_CHOOSES, "enable"):
+        play.flags()
     if found is None:
         play.steps.pop()
         return NOTHING
@@ -57,17 +62,22 @@ def do(play: Play, step: Step) -> Measurement:
     return found
 
 
-def _inputs(play: Play) -> list[Tensor]:
-    return [play.stage.inputs[spec.name] for spec in play.stage.case.layers]
-
-
-def _forward(play: Play) -> Measurement:
-    with torch.no_grad():
-        outputs = play.stage.attached.forward(_inputs(play))
+def _forward(play: Play, training: bool = False) -> Measurement:
+    stage = play.stage
+    if training:
+        stage.attached.train(True)
+    try:
+        seen = stage.run()
+    finally:
+        if training:
+            stage.attached.train(stage.case.train)
+    if training:
+        play.ran_in_training()
     # disabled adapters may be unmerged by a forward; nothing else may
     choices = (play.now(), play.nothing()) if play.off is not None else (play.now(),)
     settled = play.settle(*choices)
-    return worst([settled, play.outputs(outputs)]) if settled.holds else settled
+    drawn = training and (stage.variant.samples or any(spec.option("dropout") for spec in play.specs))
+    return worst([settled, play.outputs(seen)]) if settled.holds and not drawn else settled
 
 
 def _present(play: Play, indices: Sequence[int]) -> tuple[str, ...]:
@@ -100,12 +110,13 @@ def _added(play: Play, names: Sequence[str]) -> dict[str, tuple[str, ...]] | Non
 
 
 def _merge(play: Play, indices: Sequence[int], safe: bool) -> Measurement | None:
-    names = _present(play, indices)
+    """Merge the adapters named; where none is, those that are active."""
+    names = _present(play, indices) if indices else play.active
     wanted = _added(play, names) if names else None
     if wanted is None:
         return None
-    odd = play.merged or play.off is not None
-    done = play.attempt(lambda: play.stage.attached.merge(names, safe=safe), "merge while merged", odd)
+    odd, asked = play.merged or play.off is not None, names if indices else None
+    done = play.attempt(lambda: play.stage.attached.merge(asked, safe=safe), "merge while merged", odd)
     return play.settle(wanted if done else play.now())
 
 
@@ -227,8 +238,9 @@ def _train(play: Play) -> Measurement | None:
     stage.attached.train(True)
     try:
         with torch.enable_grad():
-            outputs = stage.attached.forward(_inputs(play))
-            loss = sum(output.double().square().mean() for output in outputs)
+            outputs = stage.attached.forward(stage.arguments)
+            told = outputs.values() if isinstance(outputs, Mapping) else outputs  # a whole model names what it returns
+            loss = sum(output.double().square().mean() for output in told if isinstance(output, Tensor))
             if not loss.requires_grad:
                 return None
             gradients = torch.autograd.grad(loss, every, allow_unused=True)
@@ -238,6 +250,7 @@ def _train(play: Play) -> Measurement | None:
         for tensor, gradient in zip(every, gradients, strict=True):
             if gradient is not None and bool(torch.isfinite(gradient).all()):
                 tensor.sub_((_LEARNING * gradient / gradient.abs().max().clamp_min(1e-30)).to(tensor.dtype))
+    play.ran_in_training()
     for name, key, tensor in adapters:
         if name in play.active:
             play.adapters[name] = {**play.adapters[name], key: tensor.detach().clone()}
@@ -249,7 +262,8 @@ def _unload(play: Play) -> Measurement:
     made: list = []
     if not play.attempt(lambda: made.append(play.stage.attached.unload()), "unload while merged", may_refuse):
         return play.settle(play.now())
-    return _left(play, made[0], play.nothing())
+    # a copy trained as a whole is left to merge.unload
+    return _left(play, made[0], play.nothing(), {key: t for key, t in play.held.items() if key not in play.copies()})
 
 
 def _export(play: Play, safe: bool) -> Measurement | None:
@@ -257,14 +271,14 @@ def _export(play: Play, safe: bool) -> Measurement | None:
     if wanted is None:
         return None
     made: list = []
-    call = lambda: made.append(play.stage.attached.merge_and_unload(safe=safe, adapters=play.active))  # noqa: E731
+    call = lambda: made.append(play.stage.attached.merge_and_unload(safe=safe))  # noqa: E731
     if not play.attempt(call, "export while merged", play.merged):
         return play.settle(play.now())
-    return _left(play, made[0], wanted)
+    return _left(play, made[0], wanted, {**play.held, **play.copies()})
 
 
-def _left(play: Play, model, wanted) -> Measurement:
-    """Judge what an export or an unload gives back: the base's architecture, and the tensors that are due."""
+def _left(play: Play, model, wanted, kept: Mapping[str, Tensor]) -> Measurement:
+    """Judge what an export or an unload gives back: the base's architecture, what is merged, and what is kept as it is."""
     play.over = True
     if play.off is not None:
         play.off.close()
@@ -272,7 +286,7 @@ def _left(play: Play, model, wanted) -> Measurement:
     shape = difference(architecture(model), play.stage.architecture)
     if not shape.holds:
         return shape
-    state = dict(model.named_parameters(remove_duplicate=False))
+    state = models.tensors(model)
     found, touched = [], set()
     for name, stack in play.stacks.items():
         if wanted[name] == stack.names:
@@ -282,7 +296,7 @@ def _left(play: Play, model, wanted) -> Measurement:
             touched |= play.sharing(f"{name}.{tensor}")
             if play.numeric:
                 found.append(compare(f"{name}:{tensor}", state[f"{name}.{tensor}"], forms[tensor].value, budget))
-    found += [identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", state[key], t) for key, t in play.held.items() if key not in touched]
+    found += [identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", state[key], t) for key, t in kept.items() if key not in touched]
     return worst(found)
 
 

@@ -32,7 +32,11 @@ def draw(rng: random.Random, kind: str, adapters: int) -> Step:
     """Return a step of a kind with drawn arguments."""
     if kind in ("activate", "merge"):
         some = tuple(rng.sample(range(adapters), rng.randint(1, adapters)))
-        return (kind, some) if kind == "activate" else (kind, some, rng.random() < 0.4)
+        if kind == "activate":
+            return (kind, some)
+        return (kind, some if rng.random() < 0.75 else (), rng.random() < 0.4)
+    if kind == "forward":
+        return (kind, True) if rng.random() < 0.3 else (kind,)
     if kind == "rescale":
         return (kind, rng.randrange(adapters), rng.choice(FACTORS))
     if kind in ("delete", "add", "save", "load"):
@@ -41,14 +45,14 @@ def draw(rng: random.Random, kind: str, adapters: int) -> Step:
 
 
 def words(step: Step, names: Sequence[str]) -> str:
-    """Say a step as a call: merge('a', 'b', safe)."""
+    """Say a step as a call: merge('a', 'b', safe); merge() is of what is active."""
     kind, *arguments = step
     shown = []
     for argument in arguments:
         if isinstance(argument, tuple):
             shown += [repr(names[index % len(names)]) for index in argument]
         elif isinstance(argument, bool):
-            shown += ["safe"] if argument else []
+            shown += ["in training" if kind == "forward" else "safe"] if argument else []
         elif isinstance(argument, int):
             shown.append(repr(names[argument % len(names)]))
         else:

@@ -62,6 +62,8 @@ class Profile:
         sweep = cell.sweep
         if self.name == "quick" and not filters.dtype and sweep.dtype not in law.quick:
             return False
+        if self.name == "quick" and not filters.layer and sweep.layer in MODELS and not law.quick_models:
+            return False
         if not filters.law and {cell.law, cell.law.partition(".")[0]} & self.leaves:
             return False
         if sweep.quantizer is not None and not (filters.law or filters.quantizer):

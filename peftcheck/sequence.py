@@ -9,23 +9,24 @@ bit-equal to what stood there before.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from peftcheck import budgets, refusal
-from peftcheck.case import AdapterSpec
+from peftcheck import budgets, refusal, standing
+from peftcheck.architecture import layout
+from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Inverts, Op
-from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
+from peftcheck.measurement import NOTHING, Measurement, broken, compare, worst
 from peftcheck.oracle import Base, Family, Site
 from peftcheck.oracle.layers import layer_output
 from peftcheck.rounding import Bounded, judged, leaf
-from peftcheck.stage import Stage
+from peftcheck.stage import Record, Stage
 
 NEEDS: dict[str, tuple[Op, ...]] = {
     "forward": (Op.FORWARD,),
@@ -98,9 +99,13 @@ class Play:
         self._back: tuple[Base, list[AdapterSpec], dict[str, Tensor]] | None = None
         self.exits = ExitStack()
         self.held: dict[str, Tensor] = {}
-        self.marks = self._marks()
-        self.adapters: dict[str, dict[tuple[str, str], Tensor]] = {}
+        self.marks = standing.marks(stage.attached)
+        self.astray = standing.astray(stage.attached, stage.case.train)
+        self.adapters: dict[str, standing.Tensors] = {}
+        self.layouts: dict[str, dict[tuple[str, str], tuple[int, ...]]] = {}
+        self.trained: dict[str, frozenset[tuple[str, str]]] | None = None
         self.hold()
+        self.flags()
 
     def __enter__(self) -> Play:
         return self
@@ -148,8 +153,9 @@ class Play:
         self._above = (key, levels[len(stack.levels) :])
         return list(self._above[1])
 
-    def _marks(self) -> dict[str, tuple]:
-        return {key: (t.dtype, t.shape, t.requires_grad) for key, t in self.stage.attached.base_tensors().items()}
+    def flags(self) -> None:
+        """Take what is trained now for what must be trained after the next step; not while adapters are disabled."""
+        self.trained = standing.trained(self.stage.attached, self.present) if self.off is None else None
 
     def hold(self, touched: Collection[str] | None = None) -> None:
         """Take what stands now for what must still stand after the next step; of the base what was touched, or all."""
@@ -162,6 +168,17 @@ class Play:
                 # what is not there at the start is a cache, which comes and goes with merges
                 lasting = self.stage.start_adapters[name]
                 self.adapters[name] = {key: tensor.detach().clone() for key, tensor in own.items() if key in lasting}
+                self.layouts[name] = {key: layout(tensor) for key, tensor in own.items() if key in lasting}
+
+    def ran_in_training(self) -> None:
+        """Take for granted what a forward in training may move: statistics that are kept in buffers."""
+        for key, tensor in self.stage.attached.base_tensors().items():
+            if not isinstance(tensor, nn.Parameter):
+                self.held[key] = tensor.detach().clone()
+        for name in self.present:
+            own = self.stage.attached.adapter_tensors(name)
+            running = {key: t.detach().clone() for key, t in own.items() if key in self.adapters[name] and not isinstance(t, nn.Parameter)}
+            self.adapters[name] = {**self.adapters[name], **running}
 
     # judging
 
@@ -214,21 +231,14 @@ class Play:
                 touched |= self.sharing(f"{name}.{tensor}")
                 if self.numeric:
                     found.append(compare(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], forms[tensor].value, budget))
-        found += self._bystanders(tensors, touched)
-        found += self._unchanged_adapters()
+        found += standing.bystanders(tensors, touched, self.marks, self.held)
+        found += standing.adapters(self.stage.attached, self.adapters, self.layouts)
+        found.append(standing.modes(self.stage.attached, self.stage.case.train, self.astray))
+        found.append(standing.flags(self.stage.attached, self.trained) if self.off is None else NOTHING)
         self.hold(touched)
         for name in {key.rpartition(".")[0] for key in touched} & self.stacks.keys():
             self._anchor(name)
         return worst(found)
-
-    def _bystanders(self, tensors: dict[str, Tensor], touched: Collection[str]) -> Iterator[Measurement]:
-        for key, (dtype, shape, trained) in self.marks.items():
-            if key not in tensors:
-                yield broken(f"{key}:module", "lost", f"{key} is gone")
-            elif (now := (tensors[key].dtype, tensors[key].shape, tensors[key].requires_grad)) != (dtype, shape, trained):
-                yield broken(f"{key}:module", "marks", f"{key} is {now}, was {(dtype, shape, trained)}")
-            elif key not in touched and not torch.equal(tensors[key], self.held[key]):
-                yield identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], self.held[key])
 
     def sharing(self, key: str) -> set[str]:
         """Return the tensors that share storage with one, itself included."""
@@ -273,44 +283,49 @@ class Play:
     def _leaf(self, key: str) -> Bounded:
         return leaf(self.held[key], self.stage.machine.exact)
 
-    def _unchanged_adapters(self) -> Iterator[Measurement]:
-        for name, tensors in self.adapters.items():
-            if name not in self.present:
-                continue
-            now = self.stage.attached.adapter_tensors(name)
-            if not now.keys() >= tensors.keys():
-                lost = sorted(tensors.keys() - now.keys())[0]
-                yield broken(f"{lost[0]}:{lost[1]} of the adapter", "lost", f"the tensors of '{name}' are not those that it had: {lost}")
-                continue
-            for (site, role), tensor in tensors.items():
-                if now[site, role].dtype != tensor.dtype or not torch.equal(now[site, role], tensor):
-                    yield identical(f"{site}:{role} of the adapter", now[site, role], tensor)
-
-    def outputs(self, outputs: Sequence[Tensor]) -> Measurement:
-        """Compare the outputs of the model with what each layer must give now."""
+    def outputs(self, seen: Mapping[str, Record]) -> Measurement:
+        """Compare the output of every layer in a run of the model with what it must give now, on the input that it had."""
         stage, found = self.stage, []
         if not stage.outputs_count or not self.numeric or (self.active is None and self.off is None):
             return NOTHING
-        for spec, output in zip(stage.case.layers, outputs, strict=True):
-            owner = spec.tied or spec.name
-            if owner not in self.stacks:
-                if not stage.variant.rewrites_base:
-                    found.append(compare(f"{spec.name}:output", output, stage.pristine_outputs[spec.name], torch.zeros((), dtype=torch.float64)))
+        for spec in stage.case.layers:
+            if spec.name not in seen:
+                continue  # of a whole model, what a forward does not come by
+            ran = seen[spec.name]
+            if (spec.tied or spec.name) not in self.stacks:
+                found.append(self._bystander(spec, ran))
                 continue
-            if owner != spec.name:
-                continue
-            form = self._output(spec.name)
+            form = self._output(spec.name, ran.x) if spec.tied is None else None
             if form is None or not stage.sound(form):
                 continue
-            one = compare(f"{spec.name}:output", output, form.value, judged(form, machine=stage.machine.base.store))
-            if not one.holds and self._ignores(spec.name, output):
+            one = compare(f"{spec.name}:output", ran.y, form.value, judged(form, machine=stage.machine.base.store))
+            if not one.holds and self._ignores(spec.name, ran):
                 return broken(f"{spec.name}:output", IGNORED, "an active adapter that is not merged has no part in the output")
             found.append(one)
         return worst(found)
 
-    def _output(self, name: str) -> Bounded | None:
+    def copies(self) -> dict[str, Tensor]:
+        """Return the tensors of which an active adapter holds a trained copy in force, by the base's name."""
+        active = (self.adapters[name] for name in self.active or () if self.off is None)
+        return {f"{site}.{role[6:]}": t for own in active for (site, role), t in own.items() if role.startswith("saved.")}
+
+    def _bystander(self, spec: LayerSpec, ran: Record) -> Measurement:
+        """Judge a layer that no adapter targets: the base's, or the trained copy that stands in for it."""
+        stage, role = self.stage, f"{spec.name}:output"
+        if stage.variant.rewrites_base:
+            return NOTHING
+        if not stage.case.whole:
+            return compare(role, ran.y, stage.pristine_outputs[spec.name], torch.zeros((), dtype=torch.float64))
+        own = {key.rpartition(".")[2]: t for key, t in self.copies().items() if key.rpartition(".")[0] == spec.name}
+        base = {**stage.base(spec.name), **{tensor: leaf(t, stage.machine.exact) for tensor, t in own.items()}}
+        form = layer_output(stage.machine.base, spec, base, stage.activation(spec.name, ran.x)) if own else None
+        if form is None or not stage.sound(form):
+            return NOTHING  # its tensors are bit-equal, and its input is another
+        return compare(role, ran.y, form.value, judged(form, machine=stage.machine.base.store))
+
+    def _output(self, name: str, given: Tensor) -> Bounded | None:
         stage, stack = self.stage, self.stacks[name]
-        x = stage.activation(name, stage.inputs[name])
+        x = stage.activation(name, given)
         if self.off is not None:
             return None if stack.sites else layer_output(stage.machine.base, stage.spec(name), stack.top, x)
         live = self._live(name)
@@ -326,12 +341,12 @@ class Play:
         wanted = [adapter for adapter in self.active or () if adapter not in self.stacks[name].names]
         return [site for adapter in wanted if (site := self.site(adapter, name)) is not None]
 
-    def _ignores(self, name: str, output: Tensor) -> bool:
+    def _ignores(self, name: str, ran: Record) -> bool:
         stage, stack = self.stage, self.stacks[name]
         if not stack.sites or not self._live(name):
             return False
-        form = layer_output(stage.machine.base, stage.spec(name), stack.top, stage.activation(name, stage.inputs[name]))
-        return compare("", output, form.value, judged(form, machine=stage.machine.base.store)).holds
+        form = layer_output(stage.machine.base, stage.spec(name), stack.top, stage.activation(name, ran.x))
+        return compare("", ran.y, form.value, judged(form, machine=stage.machine.base.store)).holds
 
     def now(self) -> dict[str, tuple[str, ...]]:
         """Return what is merged where, by the expectation."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import strategies as st
 
 from peftcheck import generator
-from peftcheck.case import Case, Sweep
+from peftcheck.case import MODELS, Case, Sweep
 from peftcheck.errors import UsageError
 from peftcheck.implementation import Implementation
 from peftcheck.programs import FACTORS, KINDS, Step
@@ -14,6 +14,8 @@ from peftcheck.programs import FACTORS, KINDS, Step
 def sweeps(implementation: Implementation, variant: str | None = None, layer: str | None = None, dtype: str | None = None):
     """Return a strategy for the unquantized sweeps of a library; each argument that is given is kept fixed.
 
+    Whole models are drawn only where `layer` names one.
+
     Raises UsageError where no sweep is left.
     """
     found = [
@@ -21,7 +23,7 @@ def sweeps(implementation: Implementation, variant: str | None = None, layer: st
         for name, one in implementation.variants().items()
         for kind in sorted(one.layers)
         for number in sorted(one.dtypes)
-        if variant in (None, name) and layer in (None, kind) and dtype in (None, number)
+        if variant in (None, name) and (layer == kind or layer is None and kind not in MODELS) and dtype in (None, number)
     ]
     if not found:
         raise UsageError(f"{implementation.name} has no {variant or 'variant'} on {layer or 'any layer'} in {dtype or 'any dtype'}")
@@ -43,7 +45,9 @@ def steps(kind: str, adapters: int) -> st.SearchStrategy[Step]:
     if kind == "activate":
         return some.map(lambda names: (kind, names))
     if kind == "merge":
-        return st.tuples(st.just(kind), some, switch)
+        return st.tuples(st.just(kind), some | st.just(()), switch)
+    if kind == "forward":
+        return switch.map(lambda training: (kind, True) if training else (kind,))
     if kind == "rescale":
         return st.tuples(st.just(kind), one, st.sampled_from(FACTORS))
     if kind == "export":

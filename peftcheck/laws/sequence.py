@@ -138,7 +138,9 @@ def order(stage: Stage) -> Measurement | None:
     "after each step of a random sequence of operations weights, adapters, bookkeeping and outputs are what they must be",
     (Op.FORWARD,),
     "one adapter removed while another was merged, rescaled while merged, trained, saved, reloaded, exported",
+    on="both",
     quick=LOGIC,
+    quick_models=False,
 )
 def sequence(stage: Stage) -> Measurement | None:
     """Play the case's program, against an expectation that is kept outside the library.

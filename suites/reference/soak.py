@@ -1,4 +1,4 @@
-"""Walk many fresh cases of the reference implementation over all laws, and print what came of each law.
+"""Walk many fresh cases of the reference implementation over all laws or some, and print what came of each law.
 
     python suites/reference/soak.py --cases 20000 --seed 1
 
@@ -13,6 +13,7 @@ import argparse
 import sys
 import time
 from collections import Counter, defaultdict
+from fnmatch import fnmatchcase
 
 from peftcheck import engine, generator, implementation
 from peftcheck.case import Sweep, encode
@@ -27,16 +28,18 @@ def main() -> int:
     parser.add_argument("--implementation", default="peftcheck.implementations.reference:Reference")
     parser.add_argument("--cases", type=int, default=20000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--law", default="*")
+    parser.add_argument("--law", action="append")
+    parser.add_argument("--layer", action="append", help="globs; without, every layer and whole model")
     parser.add_argument("--variant", action="append")
     options = parser.parse_args()
-    library, laws = implementation.load(options.implementation), all_laws(options.law)
+    library, laws = implementation.load(options.implementation), all_laws(*options.law or ())
     variants = library.variants()
     sweeps = [
         Sweep(library.name, name, layer, dtype)
         for name, variant in variants.items()
         if options.variant is None or name in options.variant
         for layer in sorted(variant.layers)
+        if options.layer is None or any(fnmatchcase(layer, pattern) for pattern in options.layer)
         for dtype in DTYPES
         if dtype in variant.dtypes
     ]

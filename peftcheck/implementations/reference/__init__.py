@@ -15,8 +15,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from math import lcm
 from pathlib import Path
+from types import MappingProxyType
 
 from torch import nn
 
@@ -131,6 +133,11 @@ METHODS: dict[str, tuple[Variant, Make]] = {
 }
 
 
+@cache
+def _variants() -> Mapping[str, Variant]:
+    return MappingProxyType({name: replace(variant, layers=variant.layers | having(variant.layers)) for name, (variant, _) in METHODS.items()})
+
+
 class Reference:
     """The reference implementation; loads as `peftcheck.implementations.reference:Reference`."""
 
@@ -140,7 +147,7 @@ class Reference:
     ledger = None
 
     def variants(self) -> Mapping[str, Variant]:
-        return {name: replace(variant, layers=variant.layers | having(variant.layers)) for name, (variant, _) in METHODS.items()}
+        return _variants()
 
     def attach(self, model: nn.Module, case: Case) -> ReferenceAttached:
         """Attach the case's adapters, all of them active, in order; raises UsageError for an unknown variant."""

@@ -1,0 +1,79 @@
+"""What must stand after a step that had no business with it: tensors, their marks, modes of modules, what is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+
+from torch import Tensor, nn
+
+from peftcheck.architecture import layout
+from peftcheck.implementation import Attached
+from peftcheck.measurement import NOTHING, Measurement, broken, identical
+
+Marks = dict[str, tuple]
+Tensors = dict[tuple[str, str], Tensor]
+
+
+def marks(attached: Attached) -> Marks:
+    """Return dtype, shape, strides that mean something and requires_grad of every base tensor, by name."""
+    return {key: _marks(tensor) for key, tensor in attached.base_tensors().items()}
+
+
+def _marks(tensor: Tensor) -> tuple:
+    return tensor.dtype, tuple(tensor.shape), layout(tensor), tensor.requires_grad
+
+
+def astray(attached: Attached, mode: bool) -> frozenset[str]:
+    """Return the modules that are not in the given mode of training."""
+    models = [root for root in attached.roots() if isinstance(root, nn.Module)]
+    return frozenset(name for model in models for name, module in model.named_modules() if module.training is not mode)
+
+
+def modes(attached: Attached, mode: bool, before: Collection[str]) -> Measurement:
+    """Return whether every module is in the given mode of training, but those that were not before either."""
+    for name in sorted(astray(attached, mode)):
+        if name not in before:
+            return broken("model:module", "training flag", f"'{name}'.training is {not mode}, was {mode}")
+    return NOTHING
+
+
+def trained(attached: Attached, adapters: Sequence[str]) -> dict[str, frozenset[tuple[str, str]]]:
+    """Return which tensors of each adapter are trained."""
+    return {name: attached.trainable(name) for name in adapters}
+
+
+def flags(attached: Attached, due: Mapping[str, frozenset[tuple[str, str]]] | None) -> Measurement:
+    """Return whether the tensors that are trained are those that were; nothing where that is not known."""
+    for name, wanted in (due or {}).items():
+        for site, role in sorted(attached.trainable(name) ^ wanted):
+            state = "trained no more" if (site, role) in wanted else "trained now"
+            return broken(f"{site}:{role} of the adapter", "requires_grad", f"{role} of '{name}' is {state}")
+    return NOTHING
+
+
+def bystanders(tensors: Mapping[str, Tensor], touched: Collection[str], due: Marks, held: Mapping[str, Tensor]) -> Iterator[Measurement]:
+    """Yield every base tensor that has lost one of its marks, or changed without having been touched."""
+    for key, marked in due.items():
+        name, _, tensor = key.rpartition(".")
+        if key not in tensors:
+            yield broken(f"{key}:module", "lost", f"{key} is gone")
+        elif (now := _marks(tensors[key])) != marked:
+            yield broken(f"{key}:module", "marks", f"{key} is {now}, was {marked}")
+        elif key not in touched and not tensors[key].equal(held[key]):
+            yield identical(f"{name}:{tensor}", tensors[key], held[key])
+
+
+def adapters(attached: Attached, due: Mapping[str, Tensors], layouts: Mapping[str, Mapping[tuple[str, str], tuple]]) -> Iterator[Measurement]:
+    """Yield every tensor of an adapter that is gone, or changed in value, shape, dtype or strides."""
+    for name, tensors in due.items():
+        now = attached.adapter_tensors(name)
+        if not now.keys() >= tensors.keys():
+            site, role = min(tensors.keys() - now.keys())
+            yield broken(f"{site}:{role} of the adapter", "lost", f"the tensors of '{name}' are not those that it had: {(site, role)}")
+            continue
+        for (site, role), tensor in tensors.items():
+            found, steps = now[site, role], layouts[name][site, role]
+            if found.dtype != tensor.dtype or not found.equal(tensor):
+                yield identical(f"{site}:{role} of the adapter", found, tensor)
+            elif layout(found) != steps:
+                yield broken(f"{site}:{role} of the adapter", "strides", f"{role} of '{name}' has strides {layout(found)}, had {steps}")

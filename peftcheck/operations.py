@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftcheck import models, values
 from peftcheck.architecture import architecture, difference
-from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
+from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.programs import Step, words
 from peftcheck.sequence import Play
 from peftcheck.stage import Stage
@@ -47,6 +47,7 @@ def do(play: Play, step: Step) -> Measurement:
     if play.over or not play.can(kind):
         return NOTHING
     play.steps.append(words(step, play.stage.names))
+    play.done.append(step)
     if kind in _CHOOSES:
         play.trained = None
     found = _OPERATIONS[kind](play, *arguments)
@@ -54,6 +55,7 @@ def do(play: Play, step: Step) -> Measurement:
         play.flags()
     if found is None:
         play.steps.pop()
+        play.done.pop()
         return NOTHING
     if not found.holds:
         return play.named(found, kind)
@@ -295,7 +297,7 @@ def _left(play: Play, model, wanted, kept: Mapping[str, Tensor]) -> Measurement:
         for tensor, budget in room.items():
             touched |= play.sharing(f"{name}.{tensor}")
             if play.numeric:
-                found.append(compare(f"{name}:{tensor}", state[f"{name}.{tensor}"], forms[tensor].value, budget))
+                found.append(play.compared(f"{name}:{tensor}", state[f"{name}.{tensor}"], forms[tensor].value, budget))
     found += [identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", state[key], t) for key, t in kept.items() if key not in touched]
     return worst(found)
 

@@ -25,6 +25,7 @@ from peftcheck.implementation import Inverts, Op
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, worst
 from peftcheck.oracle import Base, Family, Site
 from peftcheck.oracle.layers import layer_output
+from peftcheck.programs import Step
 from peftcheck.rounding import Bounded, judged, leaf
 from peftcheck.stage import Record, Stage
 
@@ -93,6 +94,10 @@ class Play:
         self.before_off: dict[str, tuple[str, ...]] = {}
         self.saved: dict[str, tuple[Path, dict[tuple[str, str], Tensor]]] = {}
         self.steps: list[str] = []
+        self.done: list[Step] = []  # the same as data
+        self.refused: set[int] = set()  # which of them the library refused, as it may
+        self.due: dict[str, tuple[Tensor, Tensor]] = {}  # by role: what was last compared with, and its budget
+        self.runs: dict[str, Record] = {}  # what each layer was given last, and what it gave
         self.oddity = ""  # what was last done while something was merged, until an unmerge has shown it harmless
         self.over = False
         self._above: tuple[tuple, list[Base]] | None = None
@@ -202,6 +207,7 @@ class Play:
             call()
         except Exception as error:
             if may_refuse and refusal.is_refusal(error, self.stage.implementation):
+                self.refused.add(len(self.done) - 1)
                 return False
             raise
         if may_refuse and _rank(what) >= _rank(self.oddity):
@@ -230,8 +236,8 @@ class Play:
             for tensor, budget in room.items():
                 touched |= self.sharing(f"{name}.{tensor}")
                 if self.numeric:
-                    found.append(compare(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], forms[tensor].value, budget))
-        found += standing.bystanders(tensors, touched, self.marks, self.held)
+                    found.append(self.compared(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], forms[tensor].value, budget))
+        found += standing.bystanders(tensors, touched, self.marks, self.held, self.numeric)
         found += standing.adapters(self.stage.attached, self.adapters, self.layouts)
         found.append(standing.modes(self.stage.attached, self.stage.case.train, self.astray))
         found.append(standing.flags(self.stage.attached, self.trained) if self.off is None else NOTHING)
@@ -283,9 +289,14 @@ class Play:
     def _leaf(self, key: str) -> Bounded:
         return leaf(self.held[key], self.stage.machine.exact)
 
+    def compared(self, role: str, found: Tensor, expected: Tensor, budget: Tensor) -> Measurement:
+        """Compare, and keep what was due for whoever writes it into a program."""
+        self.due[role] = (expected, budget)
+        return compare(role, found, expected, budget)
+
     def outputs(self, seen: Mapping[str, Record]) -> Measurement:
         """Compare the output of every layer in a run of the model with what it must give now, on the input that it had."""
-        stage, found = self.stage, []
+        stage, found, self.runs = self.stage, [], dict(seen)
         if not stage.outputs_count or not self.numeric or (self.active is None and self.off is None):
             return NOTHING
         for spec in stage.case.layers:
@@ -298,7 +309,7 @@ class Play:
             form = self._output(spec.name, ran.x) if spec.tied is None else None
             if form is None or not stage.sound(form):
                 continue
-            one = compare(f"{spec.name}:output", ran.y, form.value, judged(form, machine=stage.machine.base.store))
+            one = self.compared(f"{spec.name}:output", ran.y, form.value, judged(form, machine=stage.machine.base.store))
             if not one.holds and self._ignores(spec.name, ran):
                 return broken(f"{spec.name}:output", IGNORED, "an active adapter that is not merged has no part in the output")
             found.append(one)
@@ -315,13 +326,13 @@ class Play:
         if stage.variant.rewrites_base:
             return NOTHING
         if not stage.case.whole:
-            return compare(role, ran.y, stage.pristine_outputs[spec.name], torch.zeros((), dtype=torch.float64))
+            return self.compared(role, ran.y, stage.pristine_outputs[spec.name], torch.zeros((), dtype=torch.float64))
         own = {key.rpartition(".")[2]: t for key, t in self.copies().items() if key.rpartition(".")[0] == spec.name}
         base = {**stage.base(spec.name), **{tensor: leaf(t, stage.machine.exact) for tensor, t in own.items()}}
         form = layer_output(stage.machine.base, spec, base, stage.activation(spec.name, ran.x)) if own else None
         if form is None or not stage.sound(form):
             return NOTHING  # its tensors are bit-equal, and its input is another
-        return compare(role, ran.y, form.value, judged(form, machine=stage.machine.base.store))
+        return self.compared(role, ran.y, form.value, judged(form, machine=stage.machine.base.store))
 
     def _output(self, name: str, given: Tensor) -> Bounded | None:
         stage, stack = self.stage, self.stacks[name]

@@ -22,7 +22,9 @@ class Spelling:
     Expressions: `layer(name)` is the module that stands at a layer's place, `base(name, tensor)` a base tensor in
     force, `delta(name, adapter)` what the library reports, `merged(name)` the adapters marked as merged,
     `disabled` a context manager, `unload` and `export(adapters, safe)` the exported model. Statements:
-    `merge(adapters, safe)`, `unmerge`; where the library has them, `save(folder, adapters)`, `delete(adapter)`.
+    `merge(adapters, safe)`, `unmerge`; where the library has them, `save(folder, adapters)`, `delete(adapter)`,
+    `load(folder, adapter)`, `activate(adapters)`, `rescale(adapter, factor)`, `add(adapter)` of one of the case's.
+    `merge` and `export` of no adapters are of those that are active.
     `root(attached)` is the module that `model` stands for then.
     """
 
@@ -35,12 +37,16 @@ class Spelling:
     merged: Callable[[str], str]
     disabled: str
     unload: str
-    export: Callable[[Sequence[str], bool], str]
-    merge: Callable[[Sequence[str], bool], str]
+    export: Callable[[Sequence[str] | None, bool], str]
+    merge: Callable[[Sequence[str] | None, bool], str]
     unmerge: str
     root: Callable[[Attached], nn.Module]
     save: Callable[[str, Sequence[str]], str] | None = None
     delete: Callable[[str], str] | None = None
+    load: Callable[[str, str], str] | None = None
+    activate: Callable[[Sequence[str]], str] | None = None
+    rescale: Callable[[str, float], str] | None = None
+    add: Callable[[str], str] | None = None
 
 
 @runtime_checkable

@@ -15,12 +15,12 @@ Tensors = dict[tuple[str, str], Tensor]
 
 
 def marks(attached: Attached) -> Marks:
-    """Return dtype, shape, strides that mean something and requires_grad of every base tensor, by name."""
+    """Return dtype, shape, requires_grad and the strides that mean something of every base tensor, by name."""
     return {key: _marks(tensor) for key, tensor in attached.base_tensors().items()}
 
 
 def _marks(tensor: Tensor) -> tuple:
-    return tensor.dtype, tuple(tensor.shape), layout(tensor), tensor.requires_grad
+    return tensor.dtype, tuple(tensor.shape), tensor.requires_grad, layout(tensor)
 
 
 def astray(attached: Attached, mode: bool) -> frozenset[str]:
@@ -51,14 +51,21 @@ def flags(attached: Attached, due: Mapping[str, frozenset[tuple[str, str]]] | No
     return NOTHING
 
 
-def bystanders(tensors: Mapping[str, Tensor], touched: Collection[str], due: Marks, held: Mapping[str, Tensor]) -> Iterator[Measurement]:
-    """Yield every base tensor that has lost one of its marks, or changed without having been touched."""
+def bystanders(
+    tensors: Mapping[str, Tensor], touched: Collection[str], due: Marks, held: Mapping[str, Tensor], strides: bool
+) -> Iterator[Measurement]:
+    """Yield every base tensor that has lost one of its marks, or changed without having been touched.
+
+    `strides`: whether they are among what must be kept (not where a plain merge moves them already).
+    """
     for key, marked in due.items():
         name, _, tensor = key.rpartition(".")
         if key not in tensors:
             yield broken(f"{key}:module", "lost", f"{key} is gone")
-        elif (now := _marks(tensors[key])) != marked:
+        elif (now := _marks(tensors[key]))[:3] != marked[:3]:
             yield broken(f"{key}:module", "marks", f"{key} is {now}, was {marked}")
+        elif strides and now != marked:
+            yield broken(f"{name}:{tensor}", "strides", f"{key} has strides {now[3]}, had {marked[3]}")
         elif key not in touched and not tensors[key].equal(held[key]):
             yield identical(f"{name}:{tensor}", tensors[key], held[key])
 

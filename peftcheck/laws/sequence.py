@@ -19,8 +19,11 @@ LOGIC = frozenset({"float32"})
 """What goes wrong between operations goes wrong in every dtype: the quick profile looks in one."""
 
 
-def _every(stage: Stage) -> tuple[int, ...]:
-    return tuple(range(len(stage.names)))
+Programs = list[list[Step]]
+
+
+def _every(case: Case) -> tuple[int, ...]:
+    return tuple(range(len(case.adapters)))
 
 
 def sound(stage: Stage) -> bool:
@@ -29,7 +32,7 @@ def sound(stage: Stage) -> bool:
     Then sequences are judged by what must not change, and not by closed forms. Raises what the library raises.
     """
     if "operations" not in stage.plain:
-        plain = [("forward",), ("merge", _every(stage), False), ("forward",), ("unmerge",), ("forward",)]
+        plain = [("forward",), ("merge", _every(stage.case), False), ("forward",), ("unmerge",), ("forward",)]
         stage.plain["operations"] = _played(stage, [plain], True).holds
     return stage.plain["operations"]
 
@@ -46,6 +49,39 @@ def _played(stage: Stage, programs: Sequence[Sequence[Step]], numeric: bool) -> 
         if waiting:
             found.append(NOTHING)
     return worst(found)
+
+
+def _several_played(stage: Stage, name: str) -> Measurement | None:
+    if len(stage.names) == 1:
+        return None
+    return _played(stage, programs_of(name, stage.case), sound(stage))
+
+
+def programs_of(name: str, case: Case) -> Programs:
+    """Return the programs that a law of sequences plays on a case, one after the other."""
+    if name == "state.sequence":
+        return [list(program(case))]
+    every, last = _every(case), len(case.adapters) - 1
+    merge, unmerge, forward = ("merge", every, case.safe), ("unmerge",), ("forward",)
+    if name == "merge.guarded":
+        return [
+            [merge, merge, unmerge],
+            [unmerge],
+            [merge, ("activate", (last,)), unmerge, ("activate", every)],
+            [merge, ("rescale", 0, 2.0), unmerge, ("rescale", 0, 1.0)],
+            [merge, ("disable",), forward, ("enable",), unmerge],
+            [merge, ("delete", last), unmerge, ("add", last), ("activate", every)],
+            [("delete", last), merge, ("add", last), unmerge, ("activate", every), forward],
+        ]
+    if name == "merge.subset":
+        return [
+            [("merge", (last,), case.safe), merge, unmerge],
+            [("activate", (0,)), ("merge", (last,), case.safe), unmerge, ("activate", every)],
+            [("merge", (0,), case.safe), forward, unmerge, forward],
+        ]
+    backwards = tuple(reversed(every))
+    one_by_one = [[("merge", (index,), case.safe) for index in some] for some in (every, backwards)]
+    return [[("merge", backwards, case.safe), unmerge], [*one_by_one[0], unmerge], [*one_by_one[1], unmerge]]
 
 
 def _inverts(variant: Variant) -> bool:
@@ -72,18 +108,7 @@ def guarded(stage: Stage) -> Measurement | None:
     """Do between merge and unmerge what nobody should, one thing at a time."""
     if stage.shortens:
         return None  # some of this leads to rows that a forward pass may rightly shorten
-    every, last = _every(stage), len(stage.names) - 1
-    merge, unmerge, forward = ("merge", every, stage.case.safe), ("unmerge",), ("forward",)
-    programs = [
-        [merge, merge, unmerge],
-        [unmerge],
-        [merge, ("activate", (last,)), unmerge, ("activate", every)],
-        [merge, ("rescale", 0, 2.0), unmerge, ("rescale", 0, 1.0)],
-        [merge, ("disable",), forward, ("enable",), unmerge],
-        [merge, ("delete", last), unmerge, ("add", last), ("activate", every)],
-        [("delete", last), merge, ("add", last), unmerge, ("activate", every), forward],
-    ]
-    return _played(stage, programs, sound(stage))
+    return _played(stage, programs_of("merge.guarded", stage.case), sound(stage))
 
 
 @law(
@@ -97,16 +122,7 @@ def guarded(stage: Stage) -> Measurement | None:
 )
 def subset(stage: Stage) -> Measurement | None:
     """Merge the first of several adapters, then the others on top, then the last alone."""
-    every, last = _every(stage), len(stage.names) - 1
-    if last == 0:
-        return None
-    safe, unmerge, forward = stage.case.safe, ("unmerge",), ("forward",)
-    programs = [
-        [("merge", (last,), safe), ("merge", every, safe), unmerge],
-        [("activate", (0,)), ("merge", (last,), safe), unmerge, ("activate", every)],
-        [("merge", (0,), safe), forward, unmerge, forward],
-    ]
-    return _played(stage, programs, sound(stage))
+    return _several_played(stage, "merge.subset")
 
 
 @law(
@@ -120,17 +136,7 @@ def subset(stage: Stage) -> Measurement | None:
 )
 def order(stage: Stage) -> Measurement | None:
     """Merge backwards in one call, then one by one in both orders."""
-    every = _every(stage)
-    if len(every) == 1:
-        return None
-    safe, backwards = stage.case.safe, tuple(reversed(every))
-    one_by_one = [[("merge", (index,), safe) for index in some] for some in (every, backwards)]
-    programs = [
-        [("merge", backwards, safe), ("unmerge",)],
-        [*one_by_one[0], ("unmerge",)],
-        [*one_by_one[1], ("unmerge",)],
-    ]
-    return _played(stage, programs, sound(stage))
+    return _several_played(stage, "merge.order")
 
 
 @law(

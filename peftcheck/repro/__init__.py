@@ -15,7 +15,7 @@ from peftcheck.laws import quantize_safe
 from peftcheck.laws.safe_merge import administer
 from peftcheck.measurement import NOTHING
 from peftcheck.outcome import Outcome
-from peftcheck.repro import bodies, merging, model, quantized, training
+from peftcheck.repro import bodies, merging, model, quantized, sequencing, training
 from peftcheck.repro.scene import Scene, named
 from peftcheck.spelling import Speller, Spelling, text
 from peftcheck.stage import Stage, set_up
@@ -130,7 +130,7 @@ def _assembled(
 ) -> list[str] | None:
     """Return the whole script, with blank lines and a tensor per line if there is room."""
     own = {key: value for key, value in base.items() if not _borrowed(case, key) and _matters(case, key, body)}
-    before = merging.BEFORE.get(law.name) if any("described(" in line for line in body) else None
+    before = merging.BEFORE if any("described(" in line for line in body) else None
     defined: list[str] = []
     for name, lines in say.definitions.items():
         if any(f"{name}(" in line for line in (*defined, *body)):
@@ -219,4 +219,4 @@ def _inline(text: str) -> str:
     return "`" + " ".join(text.replace("`", "'").split()) + "`"
 
 
-__all__ = ["Speller", "Spelling", "issue", "script", "standalone"]
+__all__ = ["Speller", "Spelling", "issue", "script", "sequencing", "standalone"]

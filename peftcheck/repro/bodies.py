@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from peftcheck.implementation import Inverts
-from peftcheck.repro import keeping, merging, refusing, training
+from peftcheck.repro import keeping, merging, refusing, sequencing, training
 from peftcheck.repro.model import indented
 from peftcheck.repro.scene import Body, Scene
 
@@ -35,6 +37,7 @@ BODIES: dict[str, Body] = {
     "merge.channels_last": training.channels_last,
     "train.dropout": training.dropout,
     "train.identity_at_init": training.identity_at_init,
+    **{name: partial(sequencing.body, law=name) for name in sequencing.LAWS},
 }
 
 
@@ -42,6 +45,9 @@ def steps(scene: Scene, law: str) -> list[str] | None:
     """Return the calls into the library that the law makes, for a crash that needs no comparison."""
     say, stage = scene.say, scene.stage
     runs = [scene.runs(name) for name in stage.targeted]
+    if law in sequencing.LAWS:
+        return sequencing.crash(scene, law)
+    runs = [f"{say.layer(name)}({scene.takes(name)})" for name in stage.targeted]
     if law == "forward.oracle":
         return runs
     if law in ("safe_merge.rejects", "safe_merge.atomic", "safe_merge.names", "safe_merge.all_or_nothing"):

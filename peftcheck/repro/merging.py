@@ -119,8 +119,8 @@ SHAPE = (
     "    tensors = {n: (tuple(t.shape), t.dtype, steps(t)) for n, t in model.state_dict().items()}",
     "    return {**tensors, **{n: kind(m) for n, m in model.named_modules()}}",
 )
-BEFORE = {"merge.export": "before = described(model)", "merge.unload": "before = described(model)"}
-"""What a script must note before it attaches."""
+BEFORE = "before = described(model)"
+"""What a script must note before it attaches, where it describes the model in the end."""
 
 
 def _exported(scene: Scene, exported: str, numbers: Callable[[], list[str]]) -> list[str] | None:

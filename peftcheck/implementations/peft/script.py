@@ -33,6 +33,7 @@ def spelling(case: Case, method: Method) -> Spelling:
     half = case.sweep.dtype in ("bfloat16", "float16")  # elsewhere PEFT casts no adapter
     cast = ", autocast_adapter_dtype=False" if half and case.adapter_dtype == case.sweep.dtype else ""
     mixed = ", mixed=True" if method.mixed else ""
+    by_name = {adapter.name: config for adapter, config in zip(case.adapters, configs, strict=True)}
     first, *others = zip(case.adapters, configs, strict=True)
     attach = [f"model = get_peft_model(model, {source(first[1])}, {text(first[0].name)}{cast}{mixed})"]
     attach += [
@@ -56,12 +57,16 @@ def spelling(case: Case, method: Method) -> Spelling:
         merged=lambda name: f"layer({text(name)}).merged_adapters",
         disabled="model.disable_adapter()",
         unload="model.unload()",
-        export=lambda own, safe: f"model.merge_and_unload(safe_merge={safe}, adapter_names={_list(own)})",
-        merge=lambda own, safe: f"model.merge_adapter({_list(own)}, safe_merge={safe})",
+        export=lambda own, safe: f"model.merge_and_unload(safe_merge={safe}{'' if own is None else f', adapter_names={_list(own)}'})",
+        merge=lambda own, safe: f"model.merge_adapter({'' if own is None else f'{_list(own)}, '}safe_merge={safe})",
         unmerge="model.unmerge_adapter()",
         root=lambda attached: attached.model,
         save=lambda folder, own: f"model.save_pretrained(str({folder}), selected_adapters={_list(own)})",
         delete=lambda own: f"model.delete_adapter({text(own)})",
+        load=lambda folder, own: f"model.load_adapter(str({folder}), {text(own)}{cast})",
+        activate=lambda own: f"model.base_model.set_adapter({_list(own)})",
+        rescale=lambda own, factor: f'[m.set_scale({text(own)}, {factor}) for m in model.modules() if hasattr(m, "set_scale")]',
+        add=lambda own: f"model.add_adapter({text(own)}, {source(by_name[own])}{cast})",
     )
 
 

@@ -74,7 +74,7 @@ class Profile:
 _ABREAST = 3  # variants of which one has its turn: what they add to each other's share of the code is little
 _QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled"}), ("float32",), _QUICK, frozenset({"combine", "models", "likes"})),
+    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled", "merge.under_no_grad"}), ("float32",), _QUICK, frozenset({"combine", "models", "likes"})),
     "full": Profile("full", 6, 14, 120),
     "nightly": Profile("nightly", 20, 60, 480),
 }

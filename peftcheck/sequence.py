@@ -160,7 +160,7 @@ class Play:
 
     def flags(self) -> None:
         """Take what is trained now for what must be trained after the next step; not while adapters are disabled."""
-        self.trained = standing.trained(self.stage.attached, self.present) if self.off is None else None
+        self.trained = standing.trained(self.stage.attached, self.adapters) if self.off is None else None
 
     def hold(self, touched: Collection[str] | None = None) -> None:
         """Take what stands now for what must still stand after the next step; of the base what was touched, or all."""
@@ -240,7 +240,7 @@ class Play:
         found += standing.bystanders(tensors, touched, self.marks, self.held, self.numeric)
         found += standing.adapters(self.stage.attached, self.adapters, self.layouts)
         found.append(standing.modes(self.stage.attached, self.stage.case.train, self.astray))
-        found.append(standing.flags(self.stage.attached, self.trained) if self.off is None else NOTHING)
+        found.append(standing.flags(self.stage.attached, self.trained, self.adapters) if self.off is None else NOTHING)
         self.hold(touched)
         for name in {key.rpartition(".")[0] for key in touched} & self.stacks.keys():
             self._anchor(name)

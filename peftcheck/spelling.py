@@ -23,7 +23,8 @@ class Spelling:
     force, `delta(name, adapter)` what the library reports, `merged(name)` the adapters marked as merged,
     `disabled` a context manager, `unload` and `export(adapters, safe)` the exported model. Statements:
     `merge(adapters, safe)`, `unmerge`; where the library has them, `save(folder, adapters)`, `delete(adapter)`,
-    `load(folder, adapter)`, `activate(adapters)`, `rescale(adapter, factor)`, `add(adapter)` of one of the case's.
+    `load(folder, adapter)`, `activate(adapters)`, `rescale(adapter, factor)`, `add(adapter)` of one of the case's;
+    `mixed(inputs, rows)` is an expression for the outputs of a batch with an adapter for each row.
     `merge` and `export` of no adapters are of those that are active.
     `root(attached)` is the module that `model` stands for then.
     """
@@ -47,6 +48,7 @@ class Spelling:
     activate: Callable[[Sequence[str]], str] | None = None
     rescale: Callable[[str, float], str] | None = None
     add: Callable[[str], str] | None = None
+    mixed: Callable[[str, str], str] | None = None
 
 
 @runtime_checkable

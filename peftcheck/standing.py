@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping
 
 from torch import Tensor, nn
 
@@ -37,15 +37,15 @@ def modes(attached: Attached, mode: bool, before: Collection[str]) -> Measuremen
     return NOTHING
 
 
-def trained(attached: Attached, adapters: Sequence[str]) -> dict[str, frozenset[tuple[str, str]]]:
-    """Return which tensors of each adapter are trained."""
-    return {name: attached.trainable(name) for name in adapters}
+def trained(attached: Attached, lasting: Mapping[str, Tensors]) -> dict[str, frozenset[tuple[str, str]]]:
+    """Return which of the tensors that adapters keep for good are trained."""
+    return {name: attached.trainable(name) & tensors.keys() for name, tensors in lasting.items()}
 
 
-def flags(attached: Attached, due: Mapping[str, frozenset[tuple[str, str]]] | None) -> Measurement:
+def flags(attached: Attached, due: Mapping[str, frozenset[tuple[str, str]]] | None, lasting: Mapping[str, Tensors]) -> Measurement:
     """Return whether the tensors that are trained are those that were; nothing where that is not known."""
     for name, wanted in (due or {}).items():
-        for site, role in sorted(attached.trainable(name) ^ wanted):
+        for site, role in sorted((attached.trainable(name) & lasting[name].keys()) ^ wanted):
             state = "trained no more" if (site, role) in wanted else "trained now"
             return broken(f"{site}:{role} of the adapter", "requires_grad", f"{role} of '{name}' is {state}")
     return NOTHING

@@ -53,7 +53,22 @@ def _tied(case: Case) -> bool:
     return any(spec.tied is not None for spec in case.layers)
 
 
+def _add_by_any_name(port: Port, adapter) -> None:
+    """Let a name that cannot be one run into whatever stands in its way."""
+    if "." in adapter.name:
+        raise KeyError(adapter.name)
+    port.inner.add(adapter)
+
+
 FAULTS = (
+    Fault(
+        "attach.dotted-name",
+        "a name with a dot ends in the KeyError of a container",
+        "torch.nn.Module.add_module: a module's name can't contain a dot",
+        ("attach.names",),
+        replacing(add=_add_by_any_name),
+        dtypes=("float32",),
+    ),
     Fault(
         "attach.besides",
         "the adapter is also put on the layer of the same name in another block",

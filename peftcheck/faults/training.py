@@ -81,6 +81,14 @@ def _new_parameters(port: Port, adapters=None, safe=False) -> None:
         module._parameters[name] = nn.Parameter(tensor.detach().clone(), requires_grad=False)
 
 
+def _cut_off(port: Port, adapters=None, safe=False) -> None:
+    """Merge; with gradients off, leave the adapters without any."""
+    port.inner.merge(adapters, safe)
+    if not torch.is_grad_enabled():
+        for tensor in _tensors(port):
+            tensor.requires_grad_(False)
+
+
 def _old_dtype(port: Port, adapters=None, safe=False) -> None:
     port.inner.merge(adapters, safe)
     for tensor in own(port, "weight").values():
@@ -234,6 +242,15 @@ FAULTS = (
         "huggingface/peft#2918: inference tensors cannot be saved for backward",
         ("merge.under_inference_mode",),
         replacing(merge=_new_parameters),
+        suits=_one,
+    ),
+    Fault(
+        "merge.no-grad-for-good",
+        "after a merge with gradients off the adapters are trained no more",
+        "a cache filled under no_grad that a later forward takes for its factors",
+        ("merge.under_no_grad",),
+        replacing(merge=_cut_off),
+        variants=("lora", "lora.rslora", "ia3"),
         suits=_one,
     ),
     Fault(

@@ -16,11 +16,12 @@ from peftcheck.architecture import layout
 from peftcheck.implementation import Attached, Op
 from peftcheck.law import SINGLE_AND_HALF, law
 from peftcheck.laws.merge import merge_all
-from peftcheck.laws.plain import merge_holds, merged_as_due, unmerge_holds
+from peftcheck.laws.plain import forward_holds, merge_holds, merged_as_due, unmerge_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.oracle import machine
 from peftcheck.rounding import DTYPES
 from peftcheck.stage import Stage, note_start
+from peftcheck.training import UNTRAINED, backward, feeds
 
 
 @law(
@@ -82,10 +83,58 @@ def under_inference_mode(stage: Stage) -> Measurement | None:
     return worst(found)
 
 
+@law(
+    "merge.under_no_grad",
+    "merged under no_grad, the weights are the closed form; outside, every trained tensor still gets its gradient",
+    (Op.MERGE, Op.FORWARD),
+    "a delta or factor that is cached while gradients are off, and cut from the graph when training goes on",
+)
+def under_no_grad(stage: Stage) -> Measurement | None:
+    """Merge and unmerge with gradients off, as trainers do to evaluate, then train a step as if nothing had been.
+
+    Gradients that were there before must be there after; their values may differ by the round trip of the weights.
+    """
+    if stage.case.profile in UNTRAINED or not merge_holds(stage):
+        return NOTHING
+    again, due = unmerge_holds(stage), set()
+    if again and forward_holds(stage):
+        due = _reached(stage)
+        stage.put_back()
+    with torch.no_grad():
+        merge_all(stage)
+        found = [merged_as_due(stage)]
+        if again and worst(found).holds:
+            stage.attached.unmerge()
+    if again and worst(found).holds:
+        lost = sorted(due - _reached(stage))
+        found += [broken(role, "dead gradient", f"no gradient reaches {role} after a merge under no_grad") for role in lost[:1]]
+    return worst(found)
+
+
+def _reached(stage: Stage) -> set[str]:
+    """Return the trained tensors of the adapters that a backward pass in evaluation reaches."""
+    backward(stage, feeds(stage, 3))
+    held = {f"{site}:{role}": t for name in stage.names for (site, role), t in stage.attached.adapter_tensors(name).items()}
+    return {role for role, tensor in held.items() if tensor.grad is not None}
+
+
 def _casts(stage: Stage) -> torch.dtype | None:
     """Return another dtype that the variant takes, by the case's own seed: float32 or half, where models are cast to."""
     others = sorted(name for name in stage.variant.dtypes if name not in (stage.case.sweep.dtype, "float64"))
     return DTYPES[others[stage.case.values % len(others)]] if others else None
+
+
+def cast_stage(stage: Stage) -> Stage | None:
+    """Move the adapted model to another dtype, and return the stage that takes what is stored then for the start."""
+    dtype = _casts(stage)
+    if dtype is None:
+        return None
+    for model in _models(stage.attached):
+        model.to(dtype)
+    cast = replace(stage, machine=machine(dtype, dtype, False))
+    cast._sites, cast._stored, cast._merged = {}, {}, {}
+    note_start(cast)
+    return cast
 
 
 @law(
@@ -100,14 +149,10 @@ def after_to_dtype(stage: Stage) -> Measurement | None:
     """Cast the adapted model whole, take what is stored then as the start, and merge."""
     if not merge_holds(stage):
         return NOTHING
-    dtype = _casts(stage)
-    if dtype is None:
+    cast = cast_stage(stage)
+    if cast is None:
         return None
-    for model in _models(stage.attached):
-        model.to(dtype)
-    cast = replace(stage, machine=machine(dtype, dtype, False))
-    cast._sites, cast._stored, cast._merged = {}, {}, {}
-    note_start(cast)
+    dtype = cast.machine.base.store.dtype
     for key, tensor in cast.start.items():
         if tensor.is_floating_point() and tensor.dtype != dtype:
             return broken(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", "dtype", f"{tensor.dtype} after .to({dtype})")

@@ -151,9 +151,9 @@ def mixed_batch(stage: Stage) -> Measurement | None:
     for spec, output in zip(stage.case.layers, outputs, strict=True):
         for adapter in dict.fromkeys(rows):
             own = [row for row, name in enumerate(rows) if name == adapter]
-            form = _of_rows(stage, spec, adapter, inputs[spec.name][own])
+            form = of_rows(stage, spec, adapter, inputs[spec.name][own])
             if stage.sound(form):
-                plain = _of_rows(stage, spec, BASE, inputs[spec.name][own])
+                plain = of_rows(stage, spec, BASE, inputs[spec.name][own])
                 change = (form.value - plain.value).abs() + form.bound
                 cast = stage.machine.base.store.roundoff * change if stage.machine.mixed else 0.0
                 budget = judged(form, machine=stage.machine.base.store) + cast
@@ -177,7 +177,7 @@ def mixed_inputs(stage: Stage, rows: int) -> dict[str, Tensor]:
     return models.inputs(replace(stage.case, batch=(rows, *stage.case.batch[1:])))
 
 
-def _of_rows(stage: Stage, spec: LayerSpec, adapter: str, x: Tensor) -> Bounded:
+def of_rows(stage: Stage, spec: LayerSpec, adapter: str, x: Tensor) -> Bounded:
     """Return the closed form of a layer for rows of one adapter, or of the base."""
     base, given = stage.base(spec.name), stage.activation(spec.name, x)
     index = stage.names.index(adapter) if adapter != BASE else None

@@ -15,7 +15,7 @@ from peftcheck.laws import quantize_safe
 from peftcheck.laws.safe_merge import administer
 from peftcheck.measurement import NOTHING
 from peftcheck.outcome import Outcome
-from peftcheck.repro import bodies, merging, model, quantized, sequencing, training
+from peftcheck.repro import bodies, merging, model, quantized, refusing, sequencing, training
 from peftcheck.repro.scene import Scene, named
 from peftcheck.spelling import Speller, Spelling, text
 from peftcheck.stage import Stage, set_up
@@ -51,6 +51,9 @@ def standalone(implementation: Implementation, case: Case, law: Law) -> str | No
 def _lines(implementation: Implementation, case: Case, law: Law, outcome: Outcome) -> list[str] | None:
     say: Spelling = implementation.spelling(case)
     torch.manual_seed(case.values)
+    if law.name == "refuse.attach":
+        start = dict(models.build(case).named_parameters(remove_duplicate=False))
+        return _assembled(implementation, case, law, say, start, [], (), refusing.attach(say.attach, outcome))
     try:
         stage = set_up(implementation, case)
     except Exception:

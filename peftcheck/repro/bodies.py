@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 from peftcheck.implementation import Inverts
-from peftcheck.repro import keeping, merging, refusing, sequencing, training
+from peftcheck.laws.train_modes import mixed_rows
+from peftcheck.repro import keeping, merging, paths, refusing, sequencing, training
 from peftcheck.repro.model import indented
 from peftcheck.repro.scene import Body, Scene
 
@@ -36,7 +37,19 @@ BODIES: dict[str, Body] = {
     "merge.under_autocast": training.under_autocast,
     "merge.channels_last": training.channels_last,
     "train.dropout": training.dropout,
+    "merge.under_inference_mode": partial(paths.within, mode="inference_mode"),
+    "merge.under_no_grad": partial(paths.within, mode="no_grad"),
+    "merge.after_to_dtype": paths.after_to_dtype,
+    "merge.after_deepcopy": partial(paths.copied, law="merge.after_deepcopy"),
+    "merge.after_pickle": partial(paths.copied, law="merge.after_pickle"),
+    "attach.names": refusing.dotted_name,
+    "forward.checkpointed": training.checkpointed,
     "train.identity_at_init": training.identity_at_init,
+    "train.live_gradients": training.live_gradients,
+    "train.base_frozen": training.base_frozen,
+    "train.mixed_batch": training.mixed_batch,
+    "refuse.mixed_batch": training.refused_mixed,
+    "refuse.unload": refusing.unload_after_refusal,
     **{name: partial(sequencing.body, law=name) for name in sequencing.LAWS},
 }
 
@@ -65,6 +78,19 @@ def steps(scene: Scene, law: str) -> list[str] | None:
     if law == "merge.channels_last":
         formats = {"conv2d": "channels_last", "conv3d": "channels_last_3d"}
         return [f"model.to(memory_format=torch.{formats[stage.case.sweep.layer]})", *scene.merges()]
+    special = {
+        "merge.in_train_mode": ["model.train()", *scene.merges()],
+        "merge.under_autocast": ['with torch.autocast("cpu", dtype=torch.bfloat16):', *indented(scene.merges())],
+        "merge.under_inference_mode": ["with torch.inference_mode():", *indented(scene.merges())],
+        "merge.under_no_grad": ["with torch.no_grad():", *indented(scene.merges())],
+        "train.dropout": ["model.train()", *runs],
+    }
+    if law in special:
+        return special[law]
+    if law == "train.mixed_batch":
+        return training.mixed(scene, mixed_rows(stage))
+    if law == "forward.checkpointed":
+        return training.checkpointed(scene)[:-3]
     back = [] if stage.variant.inverts is Inverts.NEVER else [say.unmerge]
     return {
         "merge.forward": [*runs, *scene.merges(), *runs],

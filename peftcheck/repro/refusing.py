@@ -6,7 +6,10 @@ from collections.abc import Sequence
 
 import torch
 
+from peftcheck.laws.attach import dotted
 from peftcheck.laws.safe_merge import Poisoned
+from peftcheck.outcome import Outcome
+from peftcheck.repro import merging
 from peftcheck.repro.model import indented, literal
 from peftcheck.repro.scene import Scene, compared
 from peftcheck.rounding import judged
@@ -115,6 +118,51 @@ def names(scene: Scene) -> list[str] | None:
         f"raise SystemExit(int({text(name)} not in str(error)))",
     ]
     return _attempt(scene.say.merge((name,), True), judge, ['print("accepted")'])
+
+
+def attach(act: Sequence[str], outcome: Outcome) -> list[str]:
+    """Attach where the library does not, and look at what it leaves of the user's model."""
+    symptom = outcome.measurement.symptom if outcome.measurement else ""
+    crash = symptom.removeprefix("crash: ").partition(" ")[0] if symptom.startswith("crash: ") else ""
+    return [
+        "given, start = model, {name: p.detach().clone() for name, p in model.named_parameters()}",
+        "try:",
+        *indented(act),
+        "except Exception as error:",
+        '    print("found:", type(error).__name__, error)',
+        f"    wrong = type(error).__name__ == {text(crash)}",
+        "else:",
+        '    print("found: attached")',
+        "    wrong = True",
+        "after = described(given)",
+        "changed = [name for name in sorted({*before, *after}) if before.get(name) != after.get(name)]",
+        "changed += [name for name, p in given.named_parameters() if name in start and not torch.equal(p, start[name])]",
+        'print("changed:", changed, "expected: a clear refusal, and nothing changed")',
+        "raise SystemExit(int(wrong or bool(changed)))",
+    ]
+
+
+def dotted_name(scene: Scene) -> list[str] | None:
+    """Add an adapter whose name holds a dot."""
+    symptom = scene.measured.symptom
+    if scene.say.add is None or not symptom.startswith("crash: "):
+        return None
+    first, crash = scene.stage.names[0], symptom.removeprefix("crash: ").partition(" ")[0]
+    return [
+        "try:",
+        "    " + scene.say.add(first).replace(text(first), text(dotted(scene.stage)), 1),
+        "except Exception as error:",
+        '    print("found:", type(error).__name__, error, "expected: a clear refusal")',
+        f"    raise SystemExit(int(type(error).__name__ == {text(crash)}))",
+        'print("added")',
+    ]
+
+
+def unload_after_refusal(scene: Scene) -> list[str] | None:
+    """Let a merge be refused, unload, and compare the model with the base."""
+    refused = ["try:", f"    {scene.say.merge(scene.stage.names[:1], True)}", "except Exception as error:", '    print("refused:", error)']
+    exported = merging.unload(scene)
+    return None if exported is None else [*refused, *exported]
 
 
 def agrees(scene: Scene) -> list[str]:

@@ -180,6 +180,10 @@ def _judged(scene: Scene, play: Play, found: Measurement) -> list[str] | None:
     if symptom == "strides" and tensor in ("weight", "bias"):
         steps = "[s for s, n in zip({t}.stride(), {t}.shape) if n > 1]".replace("{t}", scene.say.base(name, tensor))
         return _equal(steps, repr(list(play.marks[f"{name}.{tensor}"][3])))
+    if symptom == "marks":
+        place, _, own = name.rpartition(".")
+        now, marked = scene.say.base(place, own), play.marks[name]
+        return _equal(f"({now}.dtype, tuple({now}.shape), {now}.requires_grad)", repr(marked[:3]))
     if symptom == "training flag" and not play.over:
         return _equal("any(m.training for m in model.modules())", str(scene.stage.case.train))
     if play.over and symptom in _SHAPES:

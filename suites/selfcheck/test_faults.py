@@ -145,3 +145,9 @@ def test_cases_suit_the_fault_and_depend_on_the_seed_alone() -> None:
         isinstance(case, Case) and case.adapter_dtype == "float32" != case.sweep.dtype for case in first
     )
     assert list(suitable(REFERENCE, fault, 6, seed=2)) != first
+
+
+def test_every_law_says_what_it_does_and_which_defect_stands_behind_it() -> None:
+    for law in laws():
+        assert law.source and law.formula, law.name
+        assert (law.measure.__doc__ or "").strip(), law.name

@@ -64,6 +64,7 @@ def spelling(case: Case, method: Method) -> Spelling:
         save=lambda folder, own: f"model.save_pretrained(str({folder}), selected_adapters={_list(own)})",
         delete=lambda own: f"model.delete_adapter({text(own)})",
         load=lambda folder, own: f"model.load_adapter(str({folder}), {text(own)}{cast})",
+        mixed=lambda inputs, rows: f"model({inputs}, adapter_names={rows})",
         activate=lambda own: f"model.base_model.set_adapter({_list(own)})",
         rescale=lambda own, factor: f'[m.set_scale({text(own)}, {factor}) for m in model.modules() if hasattr(m, "set_scale")]',
         add=lambda own: f"model.add_adapter({text(own)}, {source(by_name[own])}{cast})",

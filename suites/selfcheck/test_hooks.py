@@ -25,6 +25,7 @@ def test_keeps_the_laws_that_concern_it(variant: str, layer: str) -> None:
     chosen = [law for law in laws() if law.name not in SLOW and law.concerns(offered)]
     run = {"forward.oracle", "forward.targets", "forward.checkpointed", "merge.disable", "merge.unload"}
     run |= {"train.identity_at_init", "train.live_gradients", "train.base_frozen", "state.delete", "state.tied", "state.sequence"}
+    run |= {"attach.names"}
     run |= {"train.dropout"} if "dropout" in offered.options else set()
     for dtype in DTYPES:
         for index in range(4):

@@ -60,7 +60,6 @@ def steps(scene: Scene, law: str) -> list[str] | None:
     runs = [scene.runs(name) for name in stage.targeted]
     if law in sequencing.LAWS:
         return sequencing.crash(scene, law)
-    runs = [f"{say.layer(name)}({scene.takes(name)})" for name in stage.targeted]
     if law == "forward.oracle":
         return runs
     if law in ("safe_merge.rejects", "safe_merge.atomic", "safe_merge.names", "safe_merge.all_or_nothing"):

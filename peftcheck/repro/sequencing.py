@@ -99,7 +99,7 @@ def _prelude(scene: Scene, play: Play) -> list[str]:
             arguments = ", ".join(literal(x) for x in scene.stage.arguments)
             lines.append(f"run = lambda: [y for y in model({arguments}).values() if isinstance(y, torch.Tensor)]")
         else:
-            calls = ", ".join(f"{scene.say.layer(spec.name)}({scene.takes(spec.name)})" for spec in scene.stage.case.layers)
+            calls = ", ".join(scene.runs(spec.name) for spec in scene.stage.case.layers)
             lines.append(f"run = lambda: [{calls}]")
     if "train" in kinds:
         lines += [*_TRAIN, f"    model.train({scene.stage.case.train})"]
@@ -198,7 +198,7 @@ def _judged(scene: Scene, play: Play, found: Measurement) -> list[str] | None:
 
 def _found(scene: Scene, play: Play, name: str, tensor: str) -> str:
     if tensor == "output":
-        return f"found = {scene.say.layer(name)}({literal(play.runs[name].x)}).detach()"
+        return f"found = {scene.runs(name, literal(play.runs[name].x))}.detach()"
     if play.over:
         return f"found = exported.get_submodule({text(name)}).{tensor}.detach()"
     return f"found = {scene.say.base(name, tensor)}.detach().clone()"

@@ -88,9 +88,9 @@ def identity_at_init(scene: Scene) -> list[str] | None:
 def _steps(scene: Scene, count: int, rows: int = 8) -> list[str]:
     """Return a function `descend` that takes a step on random data, and a loop of as many steps that notes in `seen` what is reached."""
     data = feeds(scene.stage, rows)
-    outputs = {name: scene.stage.attached.layer(name)(data[name]) for name in scene.stage.targeted}
+    outputs = {name: scene.stage.call(name, data[name]) for name in scene.stage.targeted}
     weights = {name: values.normal(f"{scene.stage.case.values}|target|{name}", tuple(y.shape)) for name, y in outputs.items()}
-    items = ", ".join(f"({scene.say.layer(name)}, {literal(data[name])}, {literal(weights[name])})" for name in outputs)
+    items = ", ".join(f"(lambda x: {scene.runs(name, 'x')}, {literal(data[name])}, {literal(weights[name])})" for name in outputs)
     return [
         f"data, seen = [{items}], set()",
         f"for _ in range({count}):",
@@ -212,9 +212,9 @@ def checkpointed(scene: Scene) -> list[str] | None:
     """Compare gradients with and without gradient checkpointing."""
     stage = scene.stage
     data = feeds(stage, 3)
-    outputs = {name: stage.attached.layer(name)(data[name]) for name in stage.targeted}
+    outputs = {name: stage.call(name, data[name]) for name in stage.targeted}
     weights = {name: values.normal(f"{stage.case.values}|target|{name}", tuple(y.shape)) for name, y in outputs.items()}
-    items = ", ".join(f"({scene.say.layer(name)}, {literal(data[name])}, {literal(weights[name])})" for name in outputs)
+    items = ", ".join(f"(lambda x: {scene.runs(name, 'x')}, {literal(data[name])}, {literal(weights[name])})" for name in outputs)
     return [
         "from torch.utils.checkpoint import checkpoint",
         f"data = [{items}]",

@@ -113,10 +113,13 @@ def _quantized(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
     declared = quantizers.DECLARED[sweep.quantizer]
     rng = random.Random(f"{sweep}|{seed}|{index}|quantized")
     settings = {key: rng.choice(choices) for key, choices in sorted(declared.options.items())}
+    apart = random.Random(f"{sweep}|{seed}|{index}|rare")
+    rare = {key: apart.choice(choices) for key, choices in sorted(declared.rare.items())}
     merges = variant.quantizers.get(sweep.quantizer) is Claim.YES
     names = rng.choice(_LAYER_NAMES)[: rng.choice([1, 1, 2]) if merges else 1]  # of several, some may merge before one refuses
     layers = tuple(_quantized_layer(rng, variant, declared, settings, name, merges) for name in names)
-    adapters = _adapters(rng, replace(variant, most_adapters=min(2, variant.most_adapters)), layers, _targets(rng, layers), False)
+    few = replace(variant, most_adapters=min(1 if declared.searched else 2, variant.most_adapters))
+    adapters = _adapters(rng, few, layers, _targets(rng, layers), False)
     single = len(adapters) == 1
     absurd = {p for p, holds in (("duplicated", single), ("graded", declared.largest < math.inf)) if holds}
     profiles = [p for p in _QUANTIZED_PROFILES if p not in variant.avoids and p not in absurd]
@@ -138,7 +141,7 @@ def _quantized(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
             rng.choice(["nan", "inf", "-inf", "overflow", "overflow", "tame"]),
             *(rng.randrange(n) for n in (8, 8, 64, 4096)),
         ),
-        extra=tuple(sorted(settings.items())),
+        extra=tuple(sorted({**settings, **rare}.items())),
     )
 
 

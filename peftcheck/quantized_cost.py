@@ -16,7 +16,7 @@ from torch import Tensor
 from peftcheck import generator, quantizers, refusal
 from peftcheck.case import Case, LayerSpec, Sweep
 from peftcheck.implementation import Implementation
-from peftcheck.laws.quantize import dense, rule
+from peftcheck.laws.quantize import chosen, dense, rule
 from peftcheck.measurement import Measurement
 from peftcheck.record import QuantizedRecord
 from peftcheck.stage import Stage, note_start, set_up
@@ -31,16 +31,18 @@ class Unreadable(Exception):
 
 
 def measure(implementation: Implementation, sweep: Sweep) -> QuantizedRecord | None:
-    """Merge once at full size and once with a change far below the grid's step; None where the library cannot.
+    """Merge once at full size and once with a change far below the grid's step; None where the library cannot, or need not.
 
     Runs under `engine.pinned()`. What the harness does wrong is raised.
     """
     try:
         full = _staged(implementation, sweep)
+        if "weight" not in full.merged(NAME):
+            return None  # a bias is not quantized
         start, due = _start(full), _due(full)
-        step = 2 * rule(full)(start, torch.zeros_like(start))
-        unavoidable = rms(rule(full)(start + due, torch.zeros_like(start))) / math.sqrt(3)
+        step = 2 * _bound(full, start)
         cost = rms(_merged(full) - start - due)
+        unavoidable = rms(_bound(full, start + due)) / math.sqrt(3)
         small = _staged(implementation, sweep)
         shrunk = _weaken(small, SMALL * rms(step))
         kept = cosine = changed = None
@@ -58,6 +60,11 @@ def measure(implementation: Implementation, sweep: Sweep) -> QuantizedRecord | N
     return QuantizedRecord(
         sweep.quantizer, sweep.variant, rms(start), rms(step), rms(due), unavoidable, cost, kept, cosine, changed
     )
+
+
+def _bound(stage: Stage, value: Tensor) -> Tensor:
+    """Return what rounding `value` to the grid may cost; of a searched grid, to the one that is there now."""
+    return rule(stage, chosen=[chosen(stage)[NAME]])(value, torch.zeros_like(value))
 
 
 def rms(tensor: Tensor) -> float:

@@ -163,11 +163,11 @@ class Walk:
 
     def run(self) -> dict[str, CellResult]:
         """Return the result of every law, by name."""
-        missing = self.variant.package if self.variant.package and not find_spec(self.variant.package) else None
-        if self.sweep.quantizer is not None and not quantizers.available(self.sweep.quantizer):
-            missing = quantizers.DECLARED[self.sweep.quantizer].package
-        if missing:
-            message = f"not installed: {missing}"
+        missing = self.variant.package and not find_spec(self.variant.package)
+        message = f"not installed: {self.variant.package}" if missing else ""
+        if self.sweep.quantizer is not None and not message:
+            message = quantizers.absence(self.sweep.quantizer)
+        if message:
             return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}
         if self.sweep.layer in MODELS and (message := transformer_models.missing(self.sweep.layer)):
             return {name: CellResult(Cell(name, self.sweep), "absent", message=message) for name in self.laws}

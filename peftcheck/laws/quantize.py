@@ -1,13 +1,15 @@
 """Merging into quantized weights: no further off than the grid makes unavoidable.
 
 The quantizer's own dequantization says what the weights are; budgets come from the grid's definition
-(`budgets.quantized`). Where dequantization itself does not follow the grid, `quantize.decoded` says so and the
+(`budgets.grids`). Where dequantization itself does not follow the grid, `quantize.decoded` says so and the
 other laws say nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,11 +27,21 @@ from peftcheck.rounding import DTYPES, judged, precision
 from peftcheck.stage import Stage
 
 
-def rule(stage: Stage, dtype: torch.dtype | None = None) -> Rule:
-    """Return the budget b of the case's grid, for values that dequantization returns in `dtype`."""
+def rule(stage: Stage, dtype: torch.dtype | None = None, chosen: Sequence[Any] = ()) -> Rule:
+    """Return the budget b of the case's grid, for values that dequantization returns in `dtype`.
+
+    `chosen`: what each requantization in turn has chosen, where the grid is searched for.
+    """
     quantizer, settings = quantizers.load(stage.case.sweep.quantizer), quantizers.settings_of(stage.case)
     store = precision(dtype or next(t.dtype for key, t in stage.dense.items() if key.endswith(".weight")))
-    return lambda value, error: quantizer.budget(value, error, settings, store)
+    left = iter(chosen)
+    return lambda value, error: quantizer.budget(value, error, settings, store, next(left, None))
+
+
+def chosen(stage: Stage) -> dict[str, Any]:
+    """Return what the last requantization of each targeted layer has chosen of its grid; None where nothing was."""
+    quantizer = quantizers.load(stage.case.sweep.quantizer)
+    return {name: quantizer.chosen(stage.attached.base_layer(name)) for name in stage.targeted}
 
 
 def coarser(stage: Stage) -> torch.dtype:
@@ -70,12 +82,12 @@ def within(stage: Stage, forms: Base) -> bool:
     return stage.sound(*forms.values()) and all(bool((form.ceiling() <= limit).all()) for form in forms.values())
 
 
-def merged(stage: Stage, name: str) -> Base | None:
+def merged(stage: Stage, name: str, chosen: Sequence[Any] = ()) -> Base | None:
     """Return the merged tensors of a layer with what the grid may cost; None where something may overflow."""
     if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
         return None  # what a second such adapter makes of requantized weights no formula says
     forms = quantized.merged(
-        stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage))
+        stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage), chosen)
     )
     return forms if within(stage, forms) else None
 
@@ -111,6 +123,11 @@ def _comes_back(variant: Variant) -> bool:
     """Return whether a formula says what unmerging makes of requantized weights: a difference, or a matrix."""
     formula = FORMULAS[variant.formula]
     return formula.delta is not None or formula.turn is not None
+
+
+def requantizes(variant: Variant) -> bool:
+    """Return whether the method changes weights: biases are not quantized."""
+    return variant.formula != "bias"
 
 
 @law(
@@ -176,7 +193,8 @@ def merge_budget(stage: Stage) -> Measurement | None:
     if not readable(stage):
         return None
     merge_all(stage)
-    return judge(stage, {name: merged(stage, name) for name in stage.targeted})
+    grids = chosen(stage)
+    return judge(stage, {name: merged(stage, name, [grids[name]]) for name in stage.targeted})
 
 
 @law(
@@ -206,18 +224,27 @@ def drift(stage: Stage) -> Measurement | None:
 def _cycled(stage: Stage, cycles: int) -> Measurement | None:
     if not readable(stage):
         return None
-    for _ in range(cycles):
-        merge_all(stage)
-        stage.attached.unmerge()
+    found = _cycles(stage, cycles)
     forms: dict[str, Base | None] = {}
     for name in stage.targeted:
-        there = merged(stage, name)
-        back = quantized.cycled(
-            stage.machine, stage.formula, stage.sites(name), stage.base(name), rule(stage, coarser(stage)), cycles
-        )
+        grids = [one[name] for one in found]
+        there = merged(stage, name, grids)
+        b = rule(stage, coarser(stage), grids)
+        back = quantized.cycled(stage.machine, stage.formula, stage.sites(name), stage.base(name), b, cycles)
         changed = None if back is None or there is None else {key: back[key] for key in there}
         forms[name] = changed if changed is not None and within(stage, changed) else None
     return judge(stage, forms)
+
+
+def _cycles(stage: Stage, cycles: int) -> list[Mapping[str, Any]]:
+    """Merge and unmerge several times; return what each requantization in turn has chosen."""
+    found = []
+    for _ in range(cycles):
+        merge_all(stage)
+        found.append(chosen(stage))
+        stage.attached.unmerge()
+        found.append(chosen(stage))
+    return found
 
 
 def without_effect(case: Case) -> Case:
@@ -243,18 +270,15 @@ def zero_delta(stage: Stage) -> Measurement | None:
         return None
     quantizer, adapter_dtype = quantizers.load(stage.case.sweep.quantizer), DTYPES[stage.case.adapter_dtype]
     proved = {n: quantizer.proved(stage.attached.base_layer(n), adapter_dtype) for n in stage.targeted}
-    for _ in range(stage.case.cycles):
-        merge_all(stage)
-        stage.attached.unmerge()
+    grids = _cycles(stage, stage.case.cycles)
     tensors = dense(stage)
     if isinstance(tensors, Measurement):
         return tensors
     found = []
     for name in stage.targeted:
         start, now = stage.dense[f"{name}.weight"], tensors[f"{name}.weight"]
-        room = quantized.cycled(
-            stage.machine, stage.formula, sites[name], stage.base(name), rule(stage, coarser(stage)), stage.case.cycles
-        )
+        b = rule(stage, coarser(stage), [one[name] for one in grids])
+        room = quantized.cycled(stage.machine, stage.formula, sites[name], stage.base(name), b, stage.case.cycles)
         if room is None:
             continue
         exact = proved[name] if stage.formula.delta is not None else torch.zeros_like(proved[name])
@@ -294,6 +318,7 @@ def _silenced(stage: Stage, quiet: Case) -> dict | None:
     "where abs(D) exceeds what the grid can swallow, the merge moves the weights",
     (Op.MERGE,),
     "merging into optimum-quanto's tensors went through and changed nothing",
+    concerns=requantizes,
 )
 def effect(stage: Stage) -> Measurement | None:
     """Merge, and look whether anything moved on a layer where the grid cannot have swallowed the change."""
@@ -303,9 +328,9 @@ def effect(stage: Stage) -> Measurement | None:
     tensors = dense(stage)
     if isinstance(tensors, Measurement):
         return tensors
-    found = []
+    found, grids = [], chosen(stage)
     for name in stage.targeted:
-        forms = merged(stage, name)
+        forms = merged(stage, name, [grids[name]])
         if forms is None or "weight" not in forms:
             continue
         start, now = stage.dense[f"{name}.weight"], tensors[f"{name}.weight"]
@@ -320,10 +345,3 @@ def effect(stage: Stage) -> Measurement | None:
         else:
             found.append(identical(f"{name}:weight", torch.zeros(()), torch.zeros(())))
     return worst(found) if found else None
-
-
-def changes(stage: Stage, name: str) -> tuple[Tensor, Tensor]:
-    """Return (what the adapters change, what the merge changed) of a layer's weight, fp64."""
-    start = stage.dense[f"{name}.weight"].double()
-    due = stage.merged(name)["weight"].value - start
-    return due, stage.attached.base_values()[f"{name}.weight"].double() - start

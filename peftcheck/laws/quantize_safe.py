@@ -11,7 +11,7 @@ from peftcheck import quantizers
 from peftcheck.budgets import quantized
 from peftcheck.implementation import Op
 from peftcheck.law import law
-from peftcheck.laws.quantize import coarser, dense, judge, placed, readable, rule, within
+from peftcheck.laws.quantize import chosen, coarser, dense, judge, placed, readable, rule, within
 from peftcheck.laws.quantize_state import changed, facts
 from peftcheck.laws.safe_merge import attempt
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
@@ -92,8 +92,11 @@ def rejects(stage: Stage) -> Measurement | None:
         )
     if poisoned.verdict == "open":
         return None
+    grids, dtype = chosen(stage), coarser(stage)
     forms = {
-        site: quantized.merged(stage.machine, stage.formula, (one,), stage.base(site), rule(stage, coarser(stage)))
+        site: quantized.merged(
+            stage.machine, stage.formula, (one,), stage.base(site), rule(stage, dtype, [grids[site]])
+        )
         for site, one in poisoned.sites.items()
     }
     return judge(stage, {site: made if within(stage, made) else None for site, made in forms.items()})

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,7 +15,7 @@ from peftcheck.budgets import quantized
 from peftcheck.implementation import Op
 from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
-from peftcheck.laws.quantize import coarser, judge, placed, readable, rule, within
+from peftcheck.laws.quantize import chosen, coarser, judge, placed, readable, requantizes, rule, within
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle import FORMULAS, Base
 from peftcheck.oracle.layers import layer_output
@@ -70,6 +72,7 @@ def changed(before: dict, after: dict, biases: dict, biases_after: dict, what: s
     (Op.MERGE,),
     "bitsandbytes' LoRA warns, the newer backends requantize in silence",
     structural=True,
+    concerns=requantizes,
 )
 def warns(stage: Stage) -> Measurement | None:
     """Merge, and look for a warning that speaks of rounding."""
@@ -96,7 +99,11 @@ def _runs(stage: Stage) -> bool:
     structural=True,
 )
 def backward(stage: Stage) -> Measurement | None:
-    """Run forward and backward in train mode with an input that wants a gradient."""
+    """Run forward and backward in train mode with an input that wants a gradient.
+
+    Once more without adapters: a layer that passes no gradient on by itself, layers before it learn from the adapter's
+    share alone.
+    """
     if not _runs(stage) or not placed(stage):
         return None
     stage.attached.train(True)
@@ -105,7 +112,10 @@ def backward(stage: Stage) -> Measurement | None:
     sane = stage.case.profile == "normal" and all(bool(torch.isfinite(output).all()) for output in outputs)
     # a loss whose gradient at the outputs is at most 2 / n: a larger one overflows half precision by itself
     largest = [1 + output.detach().float().abs().max() for output in outputs]
-    sum((y.float() / top).square().mean() for y, top in zip(outputs, largest, strict=True)).backward()
+    loss = sum((y.float() / top).square().mean() for y, top in zip(outputs, largest, strict=True))
+    if not loss.requires_grad:
+        return broken(":input", "no gradient", "no output of an adapted layer has a gradient")
+    loss.backward()
     found = []
     for adapter in stage.names[:1]:
         wanted = stage.attached.trainable(adapter)
@@ -114,16 +124,16 @@ def backward(stage: Stage) -> Measurement | None:
                 continue
             if tensor.grad is None:
                 found.append(broken(f"{site}:{role}", "no gradient", f"{role} of '{adapter}' got no gradient"))
-            elif (
-                not bool(torch.isfinite(tensor.grad).all())
-                and bool(torch.isfinite(tensor).all())
-                and sane
-            ):
+            elif not bool(torch.isfinite(tensor.grad).all()) and bool(torch.isfinite(tensor).all()) and sane:
                 found.append(
                     broken(f"{site}:{role}", "non-finite", f"the gradient of {role} of '{adapter}' is not finite")
                 )
     if any(x.grad is None for x in inputs):
         found.append(broken(":input", "no gradient", "the input of a layer got no gradient"))
+    with stage.attached.disabled():
+        alone = stage.attached.forward([x.detach().requires_grad_(True) for x in inputs])
+    if not all(output.requires_grad for output in alone):
+        found.append(broken(":input", "no gradient", "without its adapter a layer passes no gradient on to its input"))
     tensors = stage.attached.base_tensors()
     found += [
         identical(f":{key.rpartition('.')[2]}", tensors[key], t, "moved by a training step")
@@ -224,10 +234,11 @@ def after_forward(stage: Stage) -> Measurement | None:
     with torch.no_grad():
         stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
     merge_all(stage)
-    return judge(stage, {name: expected_after_forward(stage, name) for name in stage.targeted})
+    grids = chosen(stage)
+    return judge(stage, {name: expected_after_forward(stage, name, [grids[name]]) for name in stage.targeted})
 
 
-def expected_after_forward(stage: Stage, name: str) -> Base | None:
+def expected_after_forward(stage: Stage, name: str, chosen: Sequence[Any] = ()) -> Base | None:
     """Return the tensors that a merge after a forward changes, with their bounds; None where no formula says."""
     base = stage.base(name)
     if stage.case.sweep.quantizer.startswith("bitsandbytes.") and "int8" not in stage.case.sweep.quantizer:
@@ -235,5 +246,5 @@ def expected_after_forward(stage: Stage, name: str) -> Base | None:
         base = {**base, "weight": base["weight"].widened(room)}
     if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
         return None
-    made = quantized.merged(stage.machine, stage.formula, stage.sites(name), base, rule(stage, coarser(stage)))
+    made = quantized.merged(stage.machine, stage.formula, stage.sites(name), base, rule(stage, coarser(stage), chosen))
     return made if within(stage, made) else None

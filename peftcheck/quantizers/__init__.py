@@ -29,7 +29,7 @@ class Quantizer(Protocol):
     def quantize(self, model: nn.Module, name: str, settings: Mapping[str, Any]) -> None:
         """Replace the linear layer `name` of a built model by the same one quantized, from the values it has."""
 
-    def dress(self, model: nn.Module) -> None:
+    def dress(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
         """Set on the model what transformers sets when it loads one quantized: what libraries dispatch on."""
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
@@ -53,18 +53,28 @@ class Quantizer(Protocol):
     def facts(self, layer: nn.Module) -> dict[str, Any]:
         """Return what a merge has to keep: kind, block size, dtype, flags."""
 
-    def budget(self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision) -> Tensor:
-        """Bound abs(DQ(Q(T)) - T) for every T within `error` of `value`, stored as `store`; see `budgets.quantized`."""
+    def chosen(self, layer: nn.Module) -> Any:
+        """Return what a search has chosen of the layer's grid, for `budget`; None where the values determine it."""
+
+    def budget(
+        self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision, chosen: Any = None
+    ) -> Tensor:
+        """Bound abs(DQ(Q(T)) - T) for every T within `error` of `value`, stored as `store`; see `budgets.grids`.
+
+        `chosen`: of the layer that was quantized, where its grid was searched for: the bound is one a posteriori.
+        """
 
 
 @dataclass(frozen=True)
 class Declared:
     """A quantizer by name, known without its library.
 
-    `package` is what has to import, `extra` what to install. `options` are the settings that cases draw, `widths` and
-    `heights` the layer sizes (in, out). `dtypes`: of the base. `largest`: magnitudes beyond it are not finite to the
-    quantizer. `any_shape`: the
-    library takes layers of any shape, and computes their forward on every CPU.
+    `package` is what has to import, `extra` what to install. `options` are the settings that cases draw, `rare` those
+    that are drawn apart, `widths` and `heights` the layer sizes (in, out). `dtypes`: of the base. `largest`: magnitudes
+    beyond it are not finite to the quantizer. `any_shape`: the library takes layers of any shape, and computes their
+    forward on every CPU. `searched`: its grid is found by a search, and can be bounded only once it is known: one
+    adapter a layer. `by_hand`: it needs other hardware or hours of calibration; layers of it are made by hand, to see
+    that merging into them is refused, and with no `module` not even that.
     """
 
     name: str
@@ -73,14 +83,18 @@ class Declared:
     extra: str
     bits: float
     options: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: MappingProxyType({}))
+    rare: Mapping[str, tuple[Any, ...]] = field(default_factory=lambda: MappingProxyType({}))
     widths: tuple[int, ...] = (64, 128, 192)
     heights: tuple[int, ...] = (32, 64)
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     largest: float = float("inf")
     any_shape: bool = True
+    searched: bool = False
+    by_hand: bool = False
 
 
 _FOUR = {"blocksize": (64, 64, 128, 256, 512)}
+_STORED = {"storage": ("uint8", "uint8", "uint8", "bfloat16")}  # of the codes: QLoRA under FSDP keeps them as bfloat16
 
 
 def _bitsandbytes(kind: str, bits: float, **rest: Any) -> Declared:
@@ -89,15 +103,33 @@ def _bitsandbytes(kind: str, bits: float, **rest: Any) -> Declared:
 
 def _four(kind: str) -> Declared:
     sizes = {"widths": (40, 64, 128, 256, 512), "heights": (6, 32, 64)}
-    return _bitsandbytes(kind, 4, options=_FOUR, any_shape=False, **sizes)
+    return _bitsandbytes(kind, 4, options=_FOUR, rare=_STORED, any_shape=False, **sizes)
 
 
-def _hqq(bits: int) -> Declared:
-    return Declared(f"hqq.{bits}", "hqq", "hqq", "hqq", bits, options={"group": (32, 64)})
+_GROUPS = {"group": (32, 64)}
+
+
+def _hqq(bits: int, optimised: bool = False) -> Declared:
+    name = f"hqq.{bits}.optimised" if optimised else f"hqq.{bits}"
+    return Declared(name, "hqq", "hqq", "hqq", bits, options=_GROUPS, searched=optimised)
+
+
+def _torchao(kind: str, bits: int, **rest: Any) -> Declared:
+    return Declared(f"torchao.{kind}", "torchao", "torchao", "torchao", bits, **rest)
 
 
 def _quanto(kind: str, bits: int) -> Declared:
-    return Declared(f"quanto.{kind}", "quanto", "optimum.quanto", "quanto", bits, dtypes=("float32",))
+    return Declared(f"quanto.{kind}", "quanto", "optimum.quanto", "quanto", bits, widths=(64, 128, 192, 256))
+
+
+def _by_hand(name: str, package: str, bits: int, dtype: str = "float16", module: str | None = None) -> Declared:
+    sizes = {"widths": (64, 128), "heights": (32, 64)}
+    return Declared(
+        name, package if module is None else module, package, package, bits, dtypes=(dtype,), by_hand=True, **sizes
+    )
+
+
+_ROWS = {"widths": (24, 64, 128), "heights": (5, 32, 64)}
 
 
 DECLARED: dict[str, Declared] = {
@@ -108,30 +140,60 @@ DECLARED: dict[str, Declared] = {
         _four("nf4.double"),
         _four("fp4"),
         _four("fp4.double"),
-        Declared("torchao.int8", "torchao", "torchao", "torchao", 8, widths=(24, 64, 128), heights=(5, 32, 64)),
+        _torchao("int8", 8, **_ROWS),
+        _torchao("int8.dynamic", 8, **_ROWS),
+        _torchao("float8", 8, **_ROWS),
+        _torchao("intx4", 4, options=_GROUPS),
+        _torchao("intx4.dynamic", 4, options=_GROUPS),
         _hqq(8),
         _hqq(4),
         _hqq(2),
+        _hqq(8, optimised=True),
+        _hqq(4, optimised=True),
+        _hqq(2, optimised=True),
         _quanto("qint8", 8),
+        _quanto("qfloat8", 8),
         _quanto("qint4", 4),
+        _quanto("qint2", 2),
+        _by_hand("torchao.int4", "torchao", 4, "bfloat16"),
+        _by_hand("gptqmodel.gptq", "gptqmodel", 4),
+        _by_hand("gptqmodel.awq", "gptqmodel", 4),
+        _by_hand("aqlm.1x8", "aqlm", 1),
+        _by_hand("eetq.int8", "eetq", 8, module=""),
     )
 }
 
 
+# Those that merges can be judged on: their grids have budgets.
+GRIDS = tuple(name for name, one in DECLARED.items() if not one.by_hand)
+
+
 def available(name: str) -> bool:
-    """Return whether the library of a quantizer is installed."""
-    parent = DECLARED[name].package.partition(".")[0]
-    return importlib.util.find_spec(parent) is not None and importlib.util.find_spec(DECLARED[name].package) is not None
+    """Return whether the library of a quantizer is installed, and a layer of it can be made here."""
+    return not absence(name)
+
+
+def absence(name: str) -> str:
+    """Return why no layer of a quantizer can be made here; '' where one can."""
+    one = DECLARED[name]
+    found = importlib.util.find_spec(one.package.partition(".")[0]) and importlib.util.find_spec(one.package)
+    if not found:
+        return f"not installed: {one.package}"
+    return "" if one.module else f"layers of {one.package} cannot be made without its hardware"
 
 
 def load(name: str) -> Quantizer:
     """Return a quantizer by name; raises UsageError for an unknown name or where its library is not installed."""
     if name not in DECLARED:
         raise UsageError(f"unknown quantizer '{name}': choose from {', '.join(DECLARED)}")
+    one = DECLARED[name]
+    if not one.module:
+        raise UsageError(
+            f"quantizer '{name}' is declared only: layers of {one.package} cannot be made without its hardware"
+        )
     if not available(name):
-        one = DECLARED[name]
         raise UsageError(f"quantizer '{name}' needs the package '{one.package}': pip install 'peftcheck[{one.extra}]'")
-    module = importlib.import_module(f"peftcheck.quantizers.{DECLARED[name].module}")
+    module = importlib.import_module(f"peftcheck.quantizers.{one.module}")
     return module.QUANTIZERS[name]
 
 
@@ -157,9 +219,10 @@ def apply(model: nn.Module, case: Case) -> None:
     quantizer, settings = load(case.sweep.quantizer), settings_of(case)
     for spec in case.layers:
         quantizer.quantize(model, spec.name, settings)
-    quantizer.dress(model)
+    quantizer.dress(model, settings)
 
 
 def settings_of(case: Case) -> dict[str, Any]:
-    """Return the settings of the case's quantizer."""
-    return {key: case.setting(key) for key in DECLARED[case.sweep.quantizer].options}
+    """Return the settings of the case's quantizer; of the rare ones those that the case has."""
+    one = DECLARED[case.sweep.quantizer]
+    return {key: case.setting(key) for key in (*one.options, *(key for key in one.rare if case.setting(key)))}

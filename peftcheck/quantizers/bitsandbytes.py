@@ -11,8 +11,8 @@ import bitsandbytes as bnb
 import torch
 from torch import Tensor, nn
 
-from peftcheck.budgets import quantized
-from peftcheck.budgets.quantized import V
+from peftcheck.budgets import grids
+from peftcheck.budgets.grids import V
 from peftcheck.rounding import Bounded, Precision, precision
 
 # Dettmers et al., QLoRA, 2023, appendix E: quantiles of the normal distribution, an exact zero, both ends at 1.
@@ -52,7 +52,7 @@ class Int8:
         layer.weight = bnb.nn.Int8Params(data, requires_grad=False, has_fp16_weights=False).to("cpu")
         _place(model, name, layer, old)
 
-    def dress(self, model: nn.Module) -> None:
+    def dress(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
         model.is_loaded_in_8bit = True
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
@@ -78,6 +78,9 @@ class Int8:
         large = (self._scale(layer) > 1e-5) & (adapter_dtype != torch.bfloat16)
         return large.reshape(-1, 1).expand(layer.weight.shape)
 
+    def chosen(self, layer: nn.Module) -> None:
+        """Return None: the grid follows from the values."""
+
     def facts(self, layer: nn.Module) -> dict[str, Any]:
         weight = layer.weight
         return {
@@ -91,8 +94,10 @@ class Int8:
             "graph": _graph(self.tensors(layer)),
         }
 
-    def budget(self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision) -> Tensor:
-        return quantized.rows_through_half(value, error, store)
+    def budget(
+        self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision, chosen: Any = None
+    ) -> Tensor:
+        return grids.rows_through_half(value, error, store)
 
 
 def _graph(tensors: Mapping[str, Tensor]) -> tuple[str, ...]:
@@ -108,7 +113,7 @@ class Four:
     double: bool
 
     def quantize(self, model: nn.Module, name: str, settings: Mapping[str, Any]) -> None:
-        old = model.get_submodule(name)
+        old, storage = model.get_submodule(name), getattr(torch, settings.get("storage", "uint8"))
         layer = bnb.nn.Linear4bit(
             old.in_features,
             old.out_features,
@@ -116,6 +121,7 @@ class Four:
             compute_dtype=old.weight.dtype,
             compress_statistics=self.double,
             quant_type=self.kind,
+            quant_storage=storage,
         )
         layer.weight = bnb.nn.Params4bit(
             old.weight.detach().clone(),
@@ -123,16 +129,17 @@ class Four:
             blocksize=int(settings["blocksize"]),
             compress_statistics=self.double,
             quant_type=self.kind,
+            quant_storage=storage,
             module=layer,
         ).to("cpu")
         _place(model, name, layer, old)
 
-    def dress(self, model: nn.Module) -> None:
+    def dress(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
         model.is_loaded_in_4bit = True
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
         state = layer.weight.quant_state
-        found = {"weight": layer.weight.data, "weight.scale": state.absmax}
+        found = {"weight": layer.weight.data.view(torch.uint8), "weight.scale": state.absmax}
         if state.nested:
             found |= {"weight.scale.scale": state.state2.absmax, "weight.scale.mean": state.offset}
         return found if layer.bias is None else {**found, "bias": layer.bias}
@@ -145,19 +152,19 @@ class Four:
         return bnb.functional.dequantize_4bit(data, state)
 
     def decoded(self, layer: nn.Module) -> Bounded:
-        data, state = layer.weight.data.reshape(-1), layer.weight.quant_state
+        data, state = layer.weight.data.view(torch.uint8).reshape(-1), layer.weight.quant_state
         codes = torch.stack([data >> 4, data & 15], 1).reshape(-1).long()  # the first element in the high bits
         scales, doubt = state.absmax.double(), 0.0
         if state.nested:
             groups = state.state2.absmax.double().repeat_interleave(state.state2.blocksize)[: scales.numel()]
-            parts = quantized.dynamic_map()[state.absmax.reshape(-1).long()] * groups
+            parts = grids.dynamic_map()[state.absmax.reshape(-1).long()] * groups
             scales = parts + state.offset.double()
             doubt = (3.001 * V * (parts.abs() + scales.abs())).reshape(-1, 1)
-        values = quantized.blocks(_code(self.kind)[codes][: state.shape.numel()], state.blocksize)
+        values = grids.blocks(_code(self.kind)[codes][: state.shape.numel()], state.blocksize)
         dense = values * scales.reshape(-1, 1)
         error = values.abs() * doubt + 2.001 * V * dense.abs()
-        error = error + quantized.stored(dense.abs() + error, precision(state.dtype))
-        return Bounded(*(quantized.unblocked(t, state.shape) for t in (dense, error)))
+        error = error + grids.stored(dense.abs() + error, precision(state.dtype))
+        return Bounded(*(grids.unblocked(t, state.shape) for t in (dense, error)))
 
     def proved(self, layer: nn.Module, adapter_dtype: torch.dtype) -> Tensor:
         """A flat block keeps its scale a, which the code 1 or -1 reaches and which is a number of the state's dtype;
@@ -170,7 +177,10 @@ class Four:
         if state.nested:
             return torch.zeros(state.shape, dtype=torch.bool)
         large = (state.absmax.double() > 2.0**-5).reshape(-1, 1).expand(-1, state.blocksize)
-        return quantized.unblocked(large, state.shape)
+        return grids.unblocked(large, state.shape)
+
+    def chosen(self, layer: nn.Module) -> None:
+        """Return None: the grid follows from the values."""
 
     def facts(self, layer: nn.Module) -> dict[str, Any]:
         weight, state = layer.weight, layer.weight.quant_state
@@ -188,8 +198,10 @@ class Four:
             "graph": _graph(self.tensors(layer)),
         }
 
-    def budget(self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision) -> Tensor:
-        return quantized.codebook(value, error, _sorted(self.kind), int(settings["blocksize"]), store, self.double)
+    def budget(
+        self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision, chosen: Any = None
+    ) -> Tensor:
+        return grids.codebook(value, error, _sorted(self.kind), int(settings["blocksize"]), store, self.double)
 
 
 QUANTIZERS = {

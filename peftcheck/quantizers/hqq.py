@@ -1,4 +1,4 @@
-"""hqq: affine codes on groups, without the optimiser (whose grid has no bound a priori)."""
+"""hqq: affine codes on groups, with the optimiser that moves each group's zero, and without."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
 from torch import Tensor, nn
 
-from peftcheck.budgets import quantized
+from peftcheck.budgets import grids
+from peftcheck.errors import HarnessError
 from peftcheck.rounding import Bounded, Precision, precision
 
 _NARROW, _LEAST = 1e-4, 1 / 2e4  # ranges that get the scale 1; the smallest scale otherwise
@@ -18,14 +19,19 @@ _NARROW, _LEAST = 1e-4, 1 / 2e4  # ranges that get the scale 1; the smallest sca
 
 @dataclass(frozen=True)
 class Affine:
-    """Codes 0 ... 2^bits - 1 on the range of each group of a row; scale and zero in the compute dtype."""
+    """Codes 0 ... 2^bits - 1 on the range of each group of a row; scale and zero in the compute dtype.
+
+    `optimised`: the zero is moved by a number of steps that no bound foretells, since the last of them is not looked
+    at; then the budget takes the zeros that were chosen.
+    """
 
     bits: int
+    optimised: bool = False
 
     def quantize(self, model: nn.Module, name: str, settings: Mapping[str, Any]) -> None:
         old = model.get_submodule(name)
         config = BaseQuantizeConfig(nbits=self.bits, group_size=int(settings["group"]), axis=1)
-        config["weight_quant_params"] |= {"optimize": False, "round_zero": False}
+        config["weight_quant_params"] |= {"optimize": self.optimised, "round_zero": False}
         old.weight.requires_grad_(False)
         if old.bias is not None:
             old.bias.requires_grad_(False)
@@ -33,7 +39,7 @@ class Affine:
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, layer.train(old.training))
 
-    def dress(self, model: nn.Module) -> None:
+    def dress(self, model: nn.Module, settings: Mapping[str, Any]) -> None:
         """Do nothing: libraries recognise the layer's class."""
 
     def tensors(self, layer: nn.Module) -> dict[str, Tensor]:
@@ -57,6 +63,11 @@ class Affine:
         """No element: minimum and maximum come back as z s and (levels - z) s, rounded; the next grid starts there."""
         return torch.zeros(layer.meta["shape"], dtype=torch.bool)
 
+    def chosen(self, layer: nn.Module) -> tuple[Tensor, Tensor] | None:
+        """Return scale and zero of each group, fp64, where the optimiser has chosen them; else None."""
+        meta = layer.meta
+        return tuple(meta[key].detach().double().clone() for key in ("scale", "zero")) if self.optimised else None
+
     def facts(self, layer: nn.Module) -> dict[str, Any]:
         meta = layer.meta
         return {
@@ -75,8 +86,16 @@ class Affine:
             "graph": tuple(key for key, t in self.tensors(layer).items() if t.grad_fn is not None),
         }
 
-    def budget(self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision) -> Tensor:
-        return quantized.affine(value, error, 2**self.bits - 1, int(settings["group"]), store, _NARROW, _LEAST)
+    def budget(
+        self, value: Tensor, error: Tensor, settings: Mapping[str, Any], store: Precision, chosen: Any = None
+    ) -> Tensor:
+        levels, group = 2**self.bits - 1, int(settings["group"])
+        if not self.optimised:
+            return grids.affine(value, error, levels, group, store, _NARROW, _LEAST)
+        if chosen is None:
+            raise HarnessError("the budget of an optimised grid needs the zeros that were chosen")
+        return grids.moved(value, error, levels, group, store, *chosen, _NARROW, _LEAST)
 
 
 QUANTIZERS = {f"hqq.{bits}": Affine(bits) for bits in (8, 4, 2)}
+QUANTIZERS |= {f"hqq.{bits}.optimised": Affine(bits, True) for bits in (8, 4, 2)}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from peftcheck import engine, models
+from peftcheck import engine, models, quantizers
 from peftcheck.case import Case, encode
 from peftcheck.implementation import Attached, Implementation
 from peftcheck.law import Law
@@ -39,6 +39,8 @@ def standalone(implementation: Implementation, case: Case, law: Law) -> str | No
     law or its symptom is not covered. A quantizer is imported too, where the base is quantized.
     """
     if not isinstance(implementation, Speller):
+        return None
+    if case.sweep.quantizer is not None and quantizers.DECLARED[case.sweep.quantizer].by_hand:
         return None
     (outcome,) = engine.check(implementation, case, [law])
     if not outcome.failed:

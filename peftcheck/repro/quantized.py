@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from peftcheck import quantizers
 from peftcheck.case import Case
 from peftcheck.laws import quantize
+from peftcheck.laws.merge import merge_all
 from peftcheck.laws.quantize_state import expected_after_forward
 from peftcheck.oracle import Base
 from peftcheck.repro.model import indented, literal
@@ -17,12 +18,16 @@ from peftcheck.rounding import judged
 
 @dataclass(frozen=True)
 class _Library:
-    """Source text of a quantizer: imports, the body of `quantized(old)`, what `dense(layer)` returns, and the flag."""
+    """Source text of a quantizer: imports, the body of `quantized(old)`, what `dense(layer)` returns, and the flag.
+
+    `before`: a line ahead of all of them.
+    """
 
     imports: tuple[str, ...]
     quantized: tuple[str, ...]
     dense: str
     flag: str = ""
+    before: str = ""
 
 
 _SHAPE = "old.in_features, old.out_features, old.bias is not None"
@@ -39,8 +44,9 @@ _INT8 = _Library(
 )
 
 
-def _four(kind: str, double: bool, block: int) -> _Library:
+def _four(kind: str, double: bool, block: int, storage: str) -> _Library:
     given = f'compress_statistics={double}, quant_type="{kind}"'
+    given += "" if storage == "uint8" else f", quant_storage=torch.{storage}"
     return _Library(
         ("import bitsandbytes as bnb",),
         (
@@ -54,22 +60,33 @@ def _four(kind: str, double: bool, block: int) -> _Library:
     )
 
 
-def _torchao() -> _Library:
-    again = "SimpleNamespace(get_apply_tensor_subclass=Int8WeightOnlyConfig)"
+_TORCHAO = {
+    "int8": "Int8WeightOnlyConfig()",
+    "int8.dynamic": "Int8DynamicActivationInt8WeightConfig()",
+    "float8": "Float8WeightOnlyConfig()",
+    "intx4": "IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup({group}))",
+    "intx4.dynamic": "Int8DynamicActivationIntxWeightConfig(torch.int4, PerGroup({group}))",
+}
+
+
+def _torchao(kind: str, group: int) -> _Library:
+    config = _TORCHAO[kind].format(group=group)
+    name, grouped = config.partition("(")[0], ", PerGroup" if "PerGroup" in config else ""
     return _Library(
-        ("from types import SimpleNamespace", "from torchao.quantization import Int8WeightOnlyConfig, quantize_"),
-        ("old.requires_grad_(False)", "quantize_(old, Int8WeightOnlyConfig())", "return old"),
+        ("from types import SimpleNamespace", f"from torchao.quantization import {name}{grouped}, quantize_"),
+        ("old.requires_grad_(False)", "quantize_(old, config())", "return old"),
         "layer.weight.dequantize()",
-        f"model.hf_quantizer = SimpleNamespace(quantization_config={again})",
+        "model.hf_quantizer = SimpleNamespace(quantization_config=SimpleNamespace(get_apply_tensor_subclass=config))",
+        f"config = lambda: {config}",
     )
 
 
-def _hqq(bits: int, group: int) -> _Library:
+def _hqq(bits: int, group: int, optimised: bool) -> _Library:
     return _Library(
         ("from hqq.core.quantize import BaseQuantizeConfig, HQQLinear",),
         (
             f"config = BaseQuantizeConfig(nbits={bits}, group_size={group}, axis=1)",
-            'config["weight_quant_params"] |= {"optimize": False, "round_zero": False}',
+            f'config["weight_quant_params"] |= {{"optimize": {optimised}, "round_zero": False}}',
             "old.requires_grad_(False)",
             'return HQQLinear(old, config, compute_dtype=old.weight.dtype, device="cpu", del_orig=False)',
         ),
@@ -77,11 +94,11 @@ def _hqq(bits: int, group: int) -> _Library:
     )
 
 
-def _quanto(bits: int) -> _Library:
+def _quanto(kind: str) -> _Library:
     return _Library(
-        (f"from optimum.quanto import freeze, qint{bits}", "from optimum.quanto.nn import QLinear"),
+        (f"from optimum.quanto import freeze, {kind}", "from optimum.quanto.nn import QLinear"),
         (
-            f"new = QLinear.from_module(old, weights=qint{bits})",
+            f"new = QLinear.from_module(old, weights={kind})",
             "freeze(new)",
             "return new.requires_grad_(False)",
         ),
@@ -93,14 +110,14 @@ def _library(case: Case) -> _Library:
     family, _, kind = case.sweep.quantizer.partition(".")
     settings = quantizers.settings_of(case)
     if family == "hqq":
-        return _hqq(int(kind), int(settings["group"]))
+        return _hqq(int(kind.partition(".")[0]), int(settings["group"]), kind.endswith(".optimised"))
     if family == "torchao":
-        return _torchao()
+        return _torchao(kind, int(settings.get("group", 0)))
     if family == "quanto":
-        return _quanto(int(kind.removeprefix("qint")))
+        return _quanto(kind)
     if kind == "int8":
         return _INT8
-    return _four(kind.partition(".")[0], kind.endswith(".double"), int(settings["blocksize"]))
+    return _four(kind.partition(".")[0], kind.endswith(".double"), int(settings["blocksize"]), settings.get("storage", "uint8"))
 
 
 def imports(case: Case) -> tuple[str, ...]:
@@ -113,7 +130,9 @@ def definitions(case: Case) -> tuple[str, ...]:
     if not case.sweep.quantizer:
         return ()
     library = _library(case)
-    return ("def quantized(old):", *indented(library.quantized), f"dense = lambda layer: {library.dense}.detach()")
+    first = (library.before,) if library.before else ()
+    body = ("def quantized(old):", *indented(library.quantized))
+    return (*first, *body, f"dense = lambda layer: {library.dense}.detach()")
 
 
 def prepare(case: Case) -> tuple[str, ...]:
@@ -161,13 +180,21 @@ def _numeric(scene: Scene, act: list[str], form: Base | None) -> list[str] | Non
 
 def merge_budget(scene: Scene) -> list[str] | None:
     """Merge, and compare with the closed form."""
-    form = quantize.merged(scene.stage, scene.site)
+    form = quantize.merged(scene.stage, scene.site, _chosen(scene))
     return _numeric(scene, scene.merges(), form)
+
+
+def _chosen(scene: Scene) -> list:
+    """Return what the merge has chosen of the layer's grid, where it is searched for."""
+    if not quantizers.DECLARED[scene.stage.case.sweep.quantizer].searched:
+        return []
+    merge_all(scene.stage)
+    return [quantize.chosen(scene.stage)[scene.site]]
 
 
 def after_forward(scene: Scene) -> list[str] | None:
     """Run once, merge, and compare with the closed form."""
-    form = expected_after_forward(scene.stage, scene.site)
+    form = expected_after_forward(scene.stage, scene.site, _chosen(scene))
     return _numeric(scene, [_ran(scene), *scene.merges()], form)
 
 

@@ -18,7 +18,7 @@ from scene import SIZE, delta, dense, show, staged
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, LlamaForCausalLM
 
-from peftcheck.budgets.quantized import blocks
+from peftcheck.budgets.grids import blocks
 from peftcheck.quantizers.bitsandbytes import _sorted
 from peftcheck.record import Table
 

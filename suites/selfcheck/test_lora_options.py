@@ -56,11 +56,11 @@ NO_ARITHMETIC = {
 ELSEWHERE = {
     "megatron_config": "needs megatron's parallel layers, which are built on devices in a process group",
     "megatron_core": "the module of megatron's that those layers come from",
-    "loftq_config": "loftq_init moves the weight to an accelerator first: it cannot start on a processor alone",
-    "use_qalora": "read by the layers of GPTQ only, whose kernels do not run here",
+    "loftq_config": "loftq_init moves the weight to an accelerator first: test_quantized_starts.py",
+    "use_qalora": "read by the layers of GPTQ only, of which there is no quantizer here yet: test_quantized_starts.py has it",
     "qalora_group_size": "of use_qalora",
 }
-"""Options that cannot be run on a processor alone: why."""
+"""Options that need what is not to be had on every machine: why, and which test speaks of them."""
 
 PENDING = {
     "exclude_modules",

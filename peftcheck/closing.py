@@ -191,20 +191,22 @@ def with_shrunk(session: Session, run: Record) -> Record:
 
 
 def _ledger(session: Session, plain: Sequence[dict[str, Any]]) -> tuple[LedgerRecord, ...]:
-    found = []
-    for entry in session.court.entries():
-        cells = tuple(c["id"] for c in plain if any(f["issue"] == entry.id for f in c["failures"]))
-        verdict = session.court.verdict(entry.id) if cells else "not run"
-        found.append(LedgerRecord(
-                entry.id,
-                entry.kind,
-                ", ".join(entry.law),
-                verdict,
-                entry.reason,
-                entry.url,
-                str(entry.versions),
-                tuple(witness.token for witness in entry.witnesses),
-                cells,
-            )
+    cells: dict[str, dict[str, None]] = {}
+    for cell in plain:
+        for failure in cell["failures"]:
+            if failure["issue"] is not None:
+                cells.setdefault(failure["issue"], {})[cell["id"]] = None
+    return tuple(
+        LedgerRecord(
+            entry.id,
+            entry.kind,
+            ", ".join(entry.law),
+            session.court.verdict(entry.id) if entry.id in cells else "not run",
+            entry.reason,
+            entry.url,
+            str(entry.versions),
+            tuple(witness.token for witness in entry.witnesses),
+            tuple(cells.get(entry.id, ())),
         )
-    return tuple(found)
+        for entry in session.court.entries()
+    )

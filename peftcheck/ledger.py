@@ -10,6 +10,7 @@ from peftcheck import engine, quantizers
 from peftcheck import where as region
 from peftcheck.case import SUBJECTS, Case, Sweep
 from peftcheck.errors import UsageError
+from peftcheck.hearings import Hearing, Hearings
 from peftcheck.implementation import Implementation
 from peftcheck.issue import EMPTY, Issue, Ledger, Witness, active, fits
 from peftcheck.law import Law
@@ -18,20 +19,6 @@ from peftcheck.outcome import ERROR, PASS, SKIP, VIOLATION, Outcome
 
 KNOWN, FIXED, INACTIVE = "known", "fixed", "inactive"
 Check = Callable[[Implementation, Case, Sequence[Law]], Sequence[Outcome]]
-
-
-@dataclass(frozen=True)
-class Hearing:
-    """What an issue's witnesses say: 'known', 'fixed', 'error', or 'inactive', and why.
-
-    'inactive': not for this version of the library or this processor, or what its witnesses need is not installed.
-
-    `shown`: the fingerprints that they showed.
-    """
-
-    verdict: str
-    message: str
-    shown: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -53,13 +40,18 @@ class Court:
     """
 
     def __init__(
-        self, ledger: Ledger, implementation: Implementation, laws: Iterable[Law], check: Check = engine.check
+        self,
+        ledger: Ledger,
+        implementation: Implementation,
+        laws: Iterable[Law],
+        check: Check = engine.check,
+        hearings: Hearings | None = None,
     ) -> None:
         self._implementation = implementation
         self._laws = {law.name: law for law in laws}
         self._check = check
         self._issues = {issue.id: issue for issue in ledger.issues}
-        self._hearings: dict[str, Hearing] = {}
+        self._hearings = hearings or Hearings()
         self.active = active(ledger, implementation.version)
         for issue in self.active:
             _refuse_stale(ledger, issue, implementation)
@@ -78,18 +70,15 @@ class Court:
         if issue not in self.active:
             condition = " with ".join((issue.versions, ", ".join(issue.needs))) if issue.needs else issue.versions
             return Hearing(INACTIVE, f"'{issue.id}' is listed for {condition}: here the law must hold")
-        if name not in self._hearings:
-            heard = [witness for witness in issue.witnesses if _installed(witness)]
-            if not heard:
-                self._hearings[name] = Hearing(INACTIVE, f"'{issue.id}': no quantizer of its witnesses is installed")
-                return self._hearings[name]
-            found = [self._hear(issue, witness) for witness in heard]
-            worst = next(
-                (one for verdict in (ERROR, FIXED) for one in found if one.verdict == verdict), found[0]
-            )
-            shown = frozenset().union(*(one.shown for one in found))
-            self._hearings[name] = Hearing(worst.verdict, worst.message, shown)
-        return self._hearings[name]
+        return self._hearings.get(name) or self._hearings.put(name, self._heard(issue))
+
+    def _heard(self, issue: Issue) -> Hearing:
+        witnesses = [witness for witness in issue.witnesses if _installed(witness)]
+        if not witnesses:
+            return Hearing(INACTIVE, f"'{issue.id}': no quantizer of its witnesses is installed")
+        found = [self._hear(issue, witness) for witness in witnesses]
+        worst = next((one for verdict in (ERROR, FIXED) for one in found if one.verdict == verdict), found[0])
+        return Hearing(worst.verdict, worst.message, frozenset().union(*(one.shown for one in found)))
 
     def _hear(self, issue: Issue, witness: Witness) -> Hearing:
         law = self._laws.get(witness.law)

@@ -146,30 +146,21 @@ def _seed(text: str | None) -> int:
 @pytest.fixture
 def check(request: pytest.FixtureRequest) -> Callable[[], None]:
     """Hand out the check of one cell: calling it runs the law and passes, fails, skips or xfails."""
-    session, cell = request.param
 
     def run() -> None:
-        selected = _selected(request.session, session)
-        plain = session.verdict(cell, selected).as_plain()
-        request.node.user_properties.append((_KEY, plain))
-        for other in session.recovered(cell, selected):
-            request.node.user_properties.append((_KEY, other.as_plain()))
-        request.config.stash[COLLECTOR].calibration = session.calibration
-        _announce(plain)
+        _announce(verdict(request.node))
 
     return run
 
 
-def _selected(pytest_session: pytest.Session, session: Session) -> list:
-    cached = getattr(session, "selected", None)
-    if cached is None:
-        cached = [
-            item.callspec.params["check"][1]
-            for item in pytest_session.items
-            if hasattr(item, "callspec") and item.callspec.params.get("check", (None,))[0] is session
-        ]
-        session.selected = cached
-    return cached
+def verdict(item: pytest.Item) -> dict[str, Any]:
+    """Return the plain verdict on an item's cell, and leave it (and what a dead worker left) in the item's properties."""
+    session, cell = item.callspec.params["check"]
+    plain = session.verdict(cell).as_plain()
+    recovered = [other.as_plain() for other in session.recovered(cell)]
+    item.user_properties += [(_KEY, one) for one in (plain, *recovered)]
+    item.config.stash[COLLECTOR].calibration = session.calibration
+    return plain
 
 
 def _announce(plain: dict[str, Any]) -> None:
@@ -180,20 +171,30 @@ def _announce(plain: dict[str, Any]) -> None:
         pytest.xfail(f"{plain['issue']}: {message}")
     if status == "absent":
         pytest.skip(message)
-    lines = [f"{status}: {message}"]
+    pytest.fail(failure_text(plain), pytrace=False)
+
+
+def failure_text(plain: dict[str, Any]) -> str:
+    """Return what a failed cell says: what was found, the case in words, and how to see it again."""
+    lines = [f"{plain['status']}: {plain['message'] or ''}"]
     if plain["words"]:
         lines.append(f"case: {plain['words']}")
     if plain["token"]:
         lines.append(f"reproduce with: peftcheck replay {plain['token']}")
-    pytest.fail("\n".join(lines), pytrace=False)
+    return "\n".join(lines)
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     collector = session.config.stash[COLLECTOR]
+    selected: dict[Session, list] = {}
     for item in session.items:
         if hasattr(item, "callspec") and item.get_closest_marker("peftcheck_suite"):
-            collector.expected[item.callspec.params["check"][1].id] = None
+            own, cell = item.callspec.params["check"]
+            selected.setdefault(own, []).append(cell)
+            collector.expected[cell.id] = None
+    for own, cells in selected.items():
+        own.select(cells)
 
 
 @pytest.hookimpl(optionalhook=True)

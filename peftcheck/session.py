@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from peftcheck import ledger, selection, suite
 from peftcheck.calibration import calibrate
 from peftcheck.case import Sweep
 from peftcheck.errors import HarnessError, UsageError
+from peftcheck.hearings import Hearings
 from peftcheck.suite import Cell, CellResult, Failure, Filters
 from peftcheck.watchdog import CASE_SECONDS, Watchdog
 
@@ -119,8 +120,11 @@ class Session:
         self.cells = _shard(found, settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")
-        self.court = ledger.Court(self._ledger(), self.implementation, self.laws.values())
         self._journal = Path(settings.journal or tempfile.mkdtemp(prefix="peftcheck-"))
+        self.court = ledger.Court(
+            self._ledger(), self.implementation, self.laws.values(), hearings=Hearings(self._journal)
+        )
+        self.select(self.cells)
         self._results: dict[str, CellResult] = {}
         self._crashed: set[Sweep] = set()
         self.calibration: dict[str, Any] = {}
@@ -133,10 +137,16 @@ class Session:
             return ledger.EMPTY
         return ledger.load(path)
 
-    def verdict(self, cell: Cell, selected: Sequence[Cell]) -> Verdict:
+    def select(self, cells: Iterable[Cell]) -> None:
+        """Say which cells are asked for: a walk over a sweep serves all of its own at once."""
+        self._selected: dict[tuple[Sweep, str | None], list[Cell]] = {}
+        for cell in cells:
+            self._selected.setdefault((cell.sweep, cell.kind), []).append(cell)
+
+    def verdict(self, cell: Cell) -> Verdict:
         """Return the verdict on a cell; the first cell of a sweep walks it for all that are selected."""
         if cell.id not in self._results:
-            own = [other for other in selected if (other.sweep, other.kind) == (cell.sweep, cell.kind)]
+            own = self._selected[cell.sweep, cell.kind]
             try:
                 self._walk(own)
             except HarnessError as error:
@@ -144,12 +154,12 @@ class Session:
                     self._results[other.id] = CellResult(other, "harness", message=str(error))
         return self._judge(cell, self._results[cell.id])
 
-    def recovered(self, cell: Cell, selected: Sequence[Cell]) -> list[Verdict]:
+    def recovered(self, cell: Cell) -> list[Verdict]:
         """Return the verdicts of the whole sweep, where an earlier worker died over it and cannot report its own."""
         if cell.sweep not in self._crashed:
             return []
-        siblings = [other for other in selected if other.sweep == cell.sweep and other.id in self._results]
-        return [self._judge(other, self._results[other.id]) for other in siblings]
+        siblings = [one for (sweep, _), cells in self._selected.items() if sweep == cell.sweep for one in cells]
+        return [self._judge(other, self._results[other.id]) for other in siblings if other.id in self._results]
 
     def _walk(self, cells: Sequence[Cell]) -> None:
         if not self.calibration:

@@ -10,12 +10,9 @@ from importlib.metadata import entry_points
 from peftcheck.case import Case, Sweep
 from peftcheck.implementation import Op, Promise, Variant
 from peftcheck.measurement import Measurement
-from peftcheck.rounding import DTYPES
 from peftcheck.stage import Stage
 
 GROUP = "peftcheck.laws"
-EVERY_DTYPE = frozenset(DTYPES)
-SINGLE_AND_HALF = frozenset({"float32", "bfloat16"})
 Measure = Callable[[Stage], Measurement | None]
 
 
@@ -44,8 +41,7 @@ class Law:
     `on`: whether it is asked of layers alone, of whole models, or of both.
     `cases` tells, before anything is built, which cases can say anything about the law: building costs more than asking.
     `exact`: whether it says anything in the exact regime.
-    `quick`: the dtypes in which the quick profile runs it, fewer than all where a verdict hangs on logic, not rounding.
-    `quick_models`: whether the quick profile asks it of whole models too.
+    `logic`: a verdict hangs on logic rather than on rounding, so that fewer cases and dtypes say as much.
     """
 
     name: str
@@ -60,9 +56,8 @@ class Law:
     refuses: Op = Op.MERGE
     on: str = "layers"  # "layers", "models" or "both"
     cases: Callable[[Variant, Case], bool] = _every_case
-    quick: frozenset[str] = EVERY_DTYPE
     exact: bool = True
-    quick_models: bool = True
+    logic: bool = False
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""
@@ -89,16 +84,17 @@ def law(
     refuses: Op = Op.MERGE,
     on: str = "layers",
     cases: Callable[[Variant, Case], bool] = _every_case,
-    quick: frozenset[str] = EVERY_DTYPE,
     exact: bool = True,
-    quick_models: bool = True,
+    logic: bool = False,
 ) -> Callable[[Measure], Measure]:
     """Register a measuring function as a law."""
 
     def register(measure: Measure) -> Measure:
         if name in _LAWS:
             raise ValueError(f"law {name} is defined twice")
-        _LAWS[name] = Law(name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases, quick, exact, quick_models)
+        _LAWS[name] = Law(
+            name, formula, needs, measure, source, structural, concerns, kinds, sweeps, refuses, on, cases, exact, logic
+        )
         return measure
 
     return register

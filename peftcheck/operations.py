@@ -250,7 +250,7 @@ def _train(play: Play) -> Measurement | None:
         stage.attached.train(stage.case.train)
     with torch.no_grad():
         for tensor, gradient in zip(every, gradients, strict=True):
-            if gradient is not None and bool(torch.isfinite(gradient).all()):
+            if gradient is not None and gradient.numel() and bool(torch.isfinite(gradient).all()):
                 tensor.sub_((_LEARNING * gradient / gradient.abs().max().clamp_min(1e-30)).to(tensor.dtype))
     play.ran_in_training()
     for name, key, tensor in adapters:

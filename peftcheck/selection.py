@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
 from peftcheck.case import LAYERS, MODELS
-from peftcheck.implementation import Implementation
+from peftcheck.implementation import Implementation, Variant
 from peftcheck.rounding import DTYPES
 
 if TYPE_CHECKING:
@@ -40,73 +40,112 @@ def _matches(value: str | None, patterns: tuple[str, ...]) -> bool:
 
 @dataclass(frozen=True)
 class Profile:
-    """How far a run searches: cases per cell in the exact regime and outside, and tries to find them.
+    """How far a run searches.
 
-    What it takes where no filter asks for more: all groups of laws and single laws but `leaves`; whole models in
-    `model_dtypes`; of the quantizers those that match `quantizers` (globs); of the groups `turns`, which have kinds, some
-    variants in one dtype for each layer and kind, of whole models one for each variant, and of the variants that are
-    like another (`likes`) some, others with the next seed (`in_turn`).
+    `exact`, `native`: cases per cell in the exact regime and outside; `logic`: cases of a law that hangs on logic rather
+    than rounding; `heavy`: cases in either regime on whole models and of combination kinds, whose cells are many or
+    dear. `tries`: cases drawn at most to find them.
+
+    What it takes where no filter asks for more: all groups of laws and single laws but `leaves`, on whole models
+    `model_leaves` neither, and in `model_dtypes`; of the quantizers those that match `quantizers` (globs); of what
+    `turns` names, a part that moves with the seed (`in_turn`).
     """
 
     name: str
     exact: int
     native: int
+    logic: int
+    heavy: int
     tries: int
     leaves: frozenset[str] = frozenset()
+    model_leaves: frozenset[str] = frozenset()
     model_dtypes: tuple[str, ...] = ("float32", "bfloat16")
     quantizers: tuple[str, ...] = ("*",)
     turns: frozenset[str] = frozenset()
 
-    def takes(self, cell: Cell, law: Law, filters: Filters) -> bool:
+    def takes(self, cell: Cell, filters: Filters) -> bool:
         """Return whether the profile runs a cell that the filters admit."""
         sweep = cell.sweep
-        if self.name == "quick" and not filters.dtype and sweep.dtype not in law.quick:
-            return False
-        if self.name == "quick" and not filters.layer and sweep.layer in MODELS and not law.quick_models:
-            return False
         if not filters.law and {cell.law, cell.law.partition(".")[0]} & self.leaves:
+            return False
+        if not (filters.law or filters.layer) and sweep.layer in MODELS and cell.law in self.model_leaves:
             return False
         if sweep.quantizer is not None and not (filters.law or filters.quantizer):
             return _matches(sweep.quantizer, self.quantizers)
         return bool(filters.dtype) or sweep.layer not in MODELS or sweep.dtype in self.model_dtypes
 
+    def cases(self, cell: Cell, law: Law) -> tuple[int, int]:
+        """Return how many cases a cell asks for in the exact regime, and how many outside."""
+        most = self.heavy if cell.kind or cell.sweep.layer in MODELS else max(self.exact, self.native)
+        if law.logic:
+            return (0, min(self.logic, most))
+        return (min(self.exact, most) if law.exact else 0, min(self.native, most))
+
 
 _ABREAST = 3  # variants of which one has its turn: what they add to each other's share of the code is little
-_QUICK = ("bitsandbytes.int8", "bitsandbytes.nf4")
 PROFILES = {
-    "quick": Profile("quick", 1, 1, 96, frozenset({"forward.compiled", "merge.under_no_grad"}), ("float32",), _QUICK, frozenset({"combine", "models", "likes"})),
-    "full": Profile("full", 6, 14, 120),
-    "nightly": Profile("nightly", 20, 60, 480),
+    "quick": Profile(
+        "quick",
+        exact=1,
+        native=1,
+        logic=1,
+        heavy=1,
+        tries=96,
+        leaves=frozenset({"forward.compiled", "merge.under_no_grad"}),
+        model_leaves=frozenset({"state.sequence"}),
+        model_dtypes=("float32",),
+        quantizers=("bitsandbytes.int8", "bitsandbytes.nf4"),
+        turns=frozenset({"dtypes", "combine", "models", "likes"}),
+    ),
+    "full": Profile("full", exact=2, native=4, logic=2, heavy=1, tries=120),
+    "nightly": Profile("nightly", exact=20, native=60, logic=20, heavy=20, tries=480),
 }
 
 
-def in_turn(cells: Sequence[Cell], implementation: Implementation, groups: frozenset[str], seed: int) -> list[Cell]:
-    """Return the cells without those of the given groups whose variant or dtype has not its turn; filters do not move a turn.
+def in_turn(
+    cells: Sequence[Cell], implementation: Implementation, logic: frozenset[str], groups: frozenset[str], seed: int
+) -> list[Cell]:
+    """Return the cells without those that have not their turn; filters do not move a turn.
 
-    Of `_ABREAST` variants one has its turn on a layer with a kind, in one dtype, the others with the next seeds: like a
-    Latin square, so that over the layers each kind meets every dtype, over the kinds each layer does, and seeds in a row
-    visit every cell. Variants that combine on more layers come first, so that no layer is left out.
-    Of the whole models that a variant accepts (group `models`) one has its turn, and of `_ABREAST` variants that are like
-    another (group `likes`) one, on all of its layers.
+    Group `dtypes`: on each layer a variant is asked in one of float64 and float32 and in one of the half-precision
+    dtypes; laws on logic (their names) in one of those two. Eight seeds visit all.
+    Group `combine`: of `_ABREAST` variants one has its turn on a layer with a kind, in one dtype, the others with the next
+    seeds: like a Latin square, so that over the layers each kind meets every dtype, over the kinds each layer does, and
+    seeds in a row visit every cell. Variants that combine on more layers come first: no layer is left out.
+    Group `models`: of the whole models that a variant accepts, one has its turn.
+    Group `likes`: of `_ABREAST` variants that are like another, one has its turn, on all of its layers.
     """
     variants = implementation.variants()
     combining = sorted((v for v in variants.values() if v.combinations), key=lambda v: -len(v.layers & set(LAYERS)))
     places = {variant.name: place for place, variant in enumerate(combining)}
     order = {name: place for place, name in enumerate(variants)}
-
     alike = {name: place for place, name in enumerate(name for name, variant in variants.items() if variant.like)}
 
     def has_its_turn(cell: Cell) -> bool:
-        if "likes" in groups and (alike.get(cell.sweep.variant, -seed) + seed) % _ABREAST:
+        sweep, variant = cell.sweep, variants[cell.sweep.variant]
+        if "likes" in groups and (alike.get(variant.name, -seed) + seed) % _ABREAST:
             return False
-        own_models = [model for model in MODELS if model in variants[cell.sweep.variant].layers]
-        if "models" in groups and cell.sweep.layer in own_models:
-            return cell.sweep.layer == own_models[(order[cell.sweep.variant] + seed) % len(own_models)]
-        if cell.law.partition(".")[0] not in groups or cell.kind is None:
+        if cell.kind is not None:
+            place = places[variant.name] + LAYERS.index(sweep.layer) + list(variant.combinations).index(cell.kind)
+            return "combine" not in groups or _combines(variant, cell, place + seed)
+        own_models = [model for model in MODELS if model in variant.layers]
+        if sweep.layer in own_models:
+            return "models" not in groups or sweep.layer == own_models[(order[sweep.variant] + seed) % len(own_models)]
+        if "dtypes" not in groups or sweep.layer not in variant.layers or sweep.quantizer is not None:
             return True
-        variant = variants[cell.sweep.variant]
-        own = [dtype for dtype in DTYPES if dtype in variant.dtypes]
-        place = places[variant.name] + LAYERS.index(cell.sweep.layer) + list(variant.combinations).index(cell.kind) + seed
-        return place % _ABREAST == 0 and cell.sweep.dtype == own[place // _ABREAST % len(own)]
+        return sweep.dtype in _dtypes(variant, cell.law in logic, order[sweep.variant] + LAYERS.index(sweep.layer) + seed)
 
     return [cell for cell in cells if has_its_turn(cell)]
+
+
+def _combines(variant: Variant, cell: Cell, turn: int) -> bool:
+    own = [dtype for dtype in DTYPES if dtype in variant.dtypes]
+    return turn % _ABREAST == 0 and cell.sweep.dtype == own[turn // _ABREAST % len(own)]
+
+
+def _dtypes(variant: Variant, logic: bool, turn: int) -> list[str]:
+    """Return the dtypes whose turn it is: one of the wide and one of the half-precision ones, or one of those two."""
+    wide = [dtype for dtype in ("float32", "float64") if dtype in variant.dtypes]
+    half = [dtype for dtype in ("bfloat16", "float16") if dtype in variant.dtypes]
+    chosen = [kind[turn // apart % len(kind)] for kind, apart in ((wide, 1), (half, 2)) if kind]
+    return [chosen[turn // 4 % len(chosen)]] if logic else chosen

@@ -113,10 +113,11 @@ class Session:
         filters = suite.validated(settings.filters, self.implementation, tuple(self.laws.values()))
         found = suite.cells(self.implementation, tuple(self.laws.values()), filters)
         profile = suite.PROFILES[settings.profile]
-        found = [cell for cell in found if profile.takes(cell, self.laws[cell.law], filters)]
+        found = [cell for cell in found if profile.takes(cell, filters)]
         if not filters.dtype:
             turns = profile.turns - ({"models"} if filters.layer else set()) - ({"likes"} if filters.variant else set())
-            found = selection.in_turn(found, self.implementation, turns, settings.seed)
+            logic = frozenset(name for name, law in self.laws.items() if law.logic)
+            found = selection.in_turn(found, self.implementation, logic, turns, settings.seed)
         self.cells = _shard(found, settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")

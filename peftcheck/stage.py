@@ -7,13 +7,13 @@ library's objects between them, and what is cached here is a function of the cas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from peftcheck import attention, budgets, models, quantizers, values
 from peftcheck.architecture import Architecture, architecture

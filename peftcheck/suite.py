@@ -181,7 +181,7 @@ class Walk:
             cell = Cell(name, self.sweep, self.kind)
             idle = self._idle(law)
             if idle is None:
-                open_laws[name] = _Tally(law, cell)
+                open_laws[name] = _Tally(law, cell, *self.profile.cases(cell, law))
             else:
                 results[name] = CellResult(cell, *idle)
         self._visit(open_laws)
@@ -230,9 +230,9 @@ class Walk:
         first: tuple[Case, Law, Outcome] | None = None
         for index in range(self.profile.tries):
             exact = dyadic and index % 2 == 0
-            wanted = [tally for tally in tallies.values() if tally.wants(exact, self.profile, dyadic)]
+            wanted = [tally for tally in tallies.values() if tally.wants(exact, dyadic)]
             if not wanted:
-                if all(not t.wants(e, self.profile, dyadic) for t in tallies.values() for e in (True, False)):
+                if all(not t.wants(e, dyadic) for t in tallies.values() for e in (True, False)):
                     break
                 continue
             case = self._draw(index, exact)
@@ -305,17 +305,18 @@ def _claims_of(variant: Variant, case: Case, law: Law) -> bool:
 class _Tally:
     """What a law has met so far on a sweep."""
 
-    def __init__(self, law: Law, cell: Cell) -> None:
+    def __init__(self, law: Law, cell: Cell, due_exact: int, due_native: int) -> None:
         self.law, self.cell = law, cell
+        self.due_exact, self.due_native = due_exact, due_native
         self.exact = self.native = 0
         self.seconds, self.effect, self.moving = 0.0, 0.0, False
         self.worst: tuple[float, Case, Measurement] | None = None
         self.failures: dict[str, Failure] = {}
 
-    def wants(self, exact: bool, profile: Profile, dyadic: bool) -> bool:
+    def wants(self, exact: bool, dyadic: bool) -> bool:
         if exact:
-            return dyadic and self.law.exact and self.exact < profile.exact
-        return self.native < profile.native or (not self.moving and not self.law.structural)
+            return dyadic and self.exact < self.due_exact
+        return self.native < self.due_native or (not self.moving and not self.law.structural)
 
     def add(self, case: Case, exact: bool, outcome: Outcome, seconds: float) -> None:
         self.seconds += seconds

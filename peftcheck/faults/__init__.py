@@ -6,7 +6,19 @@ implementation and a real library alike. A fault that survives, or a law that ca
 
 from __future__ import annotations
 
-from peftcheck.faults import combining, keeping, merging, outputs, quantizing, refusing, safe_merging, sequencing, stating, structure, training
+from peftcheck.faults import (
+    combining,
+    keeping,
+    merging,
+    outputs,
+    quantizing,
+    refusing,
+    safe_merging,
+    sequencing,
+    stating,
+    structure,
+    training,
+)
 from peftcheck.faults.fault import Fault, Faulty, Port, replacing
 from peftcheck.faults.matrix import FaultResult, idle, kill_matrix, records
 

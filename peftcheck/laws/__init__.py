@@ -20,11 +20,11 @@ from peftcheck.laws import (
     refuse,
     safe_merge,
     sequence,
-    train,
-    train_modes,
     state,
     state_delete,
     state_tied,
+    train,
+    train_modes,
 )
 
 __all__ = [

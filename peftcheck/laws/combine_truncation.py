@@ -12,7 +12,16 @@ from peftcheck import combination as combining
 from peftcheck import combination_diagnosis as diagnosis
 from peftcheck.combination import Combination
 from peftcheck.implementation import Op, Promise
-from peftcheck.laws.combine_relations import agree, asked_of, combining_law, has_delta, normwise, of_several, read, read_all
+from peftcheck.laws.combine_relations import (
+    agree,
+    asked_of,
+    combining_law,
+    has_delta,
+    normwise,
+    of_several,
+    read,
+    read_all,
+)
 from peftcheck.measurement import Measurement, compare, worst
 from peftcheck.oracle.combination import DENSE, KINDS, Kind, drops, tail
 from peftcheck.rounding import Bounded

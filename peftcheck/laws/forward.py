@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from peftcheck.implementation import Op
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, worst
 from peftcheck.rounding import judged
 from peftcheck.stage import Stage
@@ -35,7 +35,7 @@ def oracle(stage: Stage) -> Measurement | None:
     (Op.FORWARD,),
     "PEFT's LoRA on parameters wraps another adapter's factors where a module bears that adapter's name",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def targets(stage: Stage) -> Measurement | None:
     """Compare the layers that hold an adapter's tensors with those that it targets."""

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from peftcheck import attention, values
 from peftcheck.implementation import Op
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.laws.plain import forward_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.rounding import judged
@@ -22,7 +22,7 @@ from peftcheck.training import UNTRAINED, feeds, parameters
     (Op.FORWARD,),
     "a recomputed forward that draws other noise, or finds a state that the first one changed",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def checkpointed(stage: Stage) -> Measurement | None:
     """Train a step with and without checkpointing, from the same random state, dropout included.

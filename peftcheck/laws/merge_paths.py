@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peftcheck.architecture import layout
 from peftcheck.implementation import Attached, Op
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
 from peftcheck.laws.plain import forward_holds, merge_holds, merged_as_due, unmerge_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
@@ -29,7 +29,7 @@ from peftcheck.training import UNTRAINED, backward, feeds
     "merged in training mode, the weights are the closed form within the bound of merge.oracle",
     (Op.MERGE,),
     "LyCORIS' rank dropout acted on the delta that was merged; probabilistic methods sample while they train",
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def in_train_mode(stage: Stage) -> Measurement | None:
     """Switch to training, merge, and compare: weight synchronisation merges in the middle of training."""
@@ -46,7 +46,7 @@ def in_train_mode(stage: Stage) -> Measurement | None:
     (Op.MERGE,),
     "a delta computed by a matmul that autocast turns to bfloat16 loses 16 bits, and unmerging outside does not undo it",
     sweeps=lambda sweep: sweep.dtype == "float32",
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def under_autocast(stage: Stage) -> Measurement | None:
     """Merge while autocast is on, as in a training loop: the weights that are stored are not an activation.
@@ -65,7 +65,7 @@ def under_autocast(stage: Stage) -> Measurement | None:
     "merged in inference mode, the weights are the closed form; outside, the model still runs, trains and unmerges",
     (Op.MERGE, Op.FORWARD),
     "tensors made in inference mode refuse autograd and in-place changes for good",
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def under_inference_mode(stage: Stage) -> Measurement | None:
     """Merge within inference mode, then look outside whether what was written is an ordinary tensor."""
@@ -143,7 +143,7 @@ def cast_stage(stage: Stage) -> Stage | None:
     (Op.MERGE,),
     "plain tensors and caches that .to() does not reach stay in the old dtype",
     concerns=lambda variant: bool(variant.dtypes & {"bfloat16", "float16"}),
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def after_to_dtype(stage: Stage) -> Measurement | None:
     """Cast the adapted model whole, take what is stored then as the start, and merge."""
@@ -175,7 +175,7 @@ _CHANNELS_LAST = {"conv2d": torch.channels_last, "conv3d": torch.channels_last_3
     (Op.MERGE,),
     "a reshape that reads strides for shapes; a merge that quietly makes the weight contiguous again",
     sweeps=lambda sweep: sweep.layer in _CHANNELS_LAST,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def channels_last(stage: Stage) -> Measurement | None:
     """Move the model to channels_last, merge and unmerge, and compare values and strides."""
@@ -207,7 +207,7 @@ def _strides(stage: Stage, before: dict[str, tuple], what: str) -> list[Measurem
     "a deep copy holds equal tensors, shares no storage, merges to the closed form, and leaves the original alone",
     (Op.MERGE,),
     "projections that a copy shares with the original; wrappers that a copy leaves pointing at the old layers",
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def after_deepcopy(stage: Stage) -> Measurement | None:
     """Copy the adapted model, merge the copy, and compare both."""
@@ -235,7 +235,7 @@ def _copied(stage: Stage, twin: Attached) -> Measurement:
     (Op.MERGE,),
     "state that pickling leaves out: what a class keeps beside its attributes, references that are weak",
     sweeps=lambda sweep: sweep.dtype == "float32",
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def after_pickle(stage: Stage) -> Measurement | None:
     """Pickle the adapted model in memory and read that very object back; functions stand for themselves."""

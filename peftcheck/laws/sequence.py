@@ -15,8 +15,6 @@ from peftcheck.stage import Stage
 
 LENGTHENING = frozenset({"merge", "train"})
 """Operations after which a layer with a `max_norm` may find its own rows too long, and rightly shortens them."""
-LOGIC = frozenset({"float32"})
-"""What goes wrong between operations goes wrong in every dtype: the quick profile looks in one."""
 
 
 Programs = list[list[Step]]
@@ -102,7 +100,7 @@ def _several(variant: Variant) -> bool:
     (Op.FORWARD, Op.MERGE, Op.UNMERGE),
     "set_scale on a merged LoRA, after which unmerge subtracts another delta than merge had added",
     concerns=_inverts,
-    quick=LOGIC,
+    logic=True,
 )
 def guarded(stage: Stage) -> Measurement | None:
     """Do between merge and unmerge what nobody should, one thing at a time."""
@@ -118,7 +116,7 @@ def guarded(stage: Stage) -> Measurement | None:
     "a merged layer that no longer runs the active adapters which are not merged",
     concerns=_several,
     cases=_shared,
-    quick=LOGIC,
+    logic=True,
 )
 def subset(stage: Stage) -> Measurement | None:
     """Merge the first of several adapters, then the others on top, then the last alone."""
@@ -132,7 +130,7 @@ def subset(stage: Stage) -> Measurement | None:
     "an unmerge that undoes several merges first in, first out, or only the last of them",
     concerns=_several,
     cases=_shared,
-    quick=LOGIC,
+    logic=True,
 )
 def order(stage: Stage) -> Measurement | None:
     """Merge backwards in one call, then one by one in both orders."""
@@ -145,8 +143,7 @@ def order(stage: Stage) -> Measurement | None:
     (Op.FORWARD,),
     "one adapter removed while another was merged, rescaled while merged, trained, saved, reloaded, exported",
     on="both",
-    quick=LOGIC,
-    quick_models=False,
+    logic=True,
 )
 def sequence(stage: Stage) -> Measurement | None:
     """Play the case's program, against an expectation that is kept outside the library.

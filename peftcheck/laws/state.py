@@ -11,7 +11,7 @@ from torch import Tensor
 
 from peftcheck import checkpoint
 from peftcheck.implementation import Attached, Op, Reloads, stored
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.stage import Stage
@@ -121,7 +121,7 @@ def told_apart(stage: Stage, found: Measurement) -> Measurement:
     (Op.SAVE, Op.LOAD),
     "VeRA's second adapter, saved and loaded alone, came back with other projections than those it was trained with",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def save_load(stage: Stage) -> Measurement | None:
     """Save all adapters; load all into a pristine model, the last one alone, and the first beside itself.
@@ -181,7 +181,7 @@ def _alone(stage: Stage, name: str, start: Snapshot) -> Measurement:
     (Op.SAVE, Op.MERGE),
     "LN tuning merges by swapping base and adapter: what is saved while merged is the base, and the training is lost",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def save_merged(stage: Stage) -> Measurement | None:
     """Save, merge, save again, and compare the files bit for bit, read without the library.
@@ -222,7 +222,7 @@ def _tensor(key: str) -> str:
     "merge(load(save(adapters))) is bit-equal to merge(adapters)",
     (Op.SAVE, Op.LOAD, Op.MERGE),
     "a scale that is not saved, or that loading works out anew, shows only in what the adapter does",
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def reload_merge(stage: Stage) -> Measurement | None:
     """Merge the adapters, and those loaded from their checkpoint into a pristine model, in the same order.
@@ -250,7 +250,7 @@ def reload_merge(stage: Stage) -> Measurement | None:
     (Op.SAVE,),
     "RandLoRA with save_projection writes its shared projection once per layer: 42 GB for a 4-billion-parameter model",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def checkpoint_size(stage: Stage) -> Measurement | None:
     """Weigh what was written for each adapter.

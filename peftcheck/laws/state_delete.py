@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from peftcheck import checkpoint
 from peftcheck.implementation import Combines, Op
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.laws.state import outputs, own_tensors, same_outputs, same_tensors, snapshot, unchanged
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.stage import Stage
@@ -24,7 +24,7 @@ Tensors = dict[tuple[str, str], Tensor]
     (Op.DELETE,),
     "an adapter deleted by a name that is a prefix of another's; containers of the model that kept what its layers let go",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def delete(stage: Stage) -> Measurement | None:
     """Delete one adapter, active or not as the case says; compare; then add it anew, with the values that it had.

@@ -12,7 +12,7 @@ from torch import nn
 from peftcheck import checkpoint, refusal
 from peftcheck.case import Case
 from peftcheck.implementation import Inverts, Op
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle.layers import layer_output
@@ -39,7 +39,7 @@ def tied_case(case: Case) -> Case:
     (Op.FORWARD,),
     "merging into a tied embedding left the output layer with the old weight (huggingface/peft#2972)",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
     sweeps=lambda sweep: sweep.layer != "mha",  # whose weight no other layer shares
 )
 def tied(stage: Stage) -> Measurement | None:

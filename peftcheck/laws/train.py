@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcheck.implementation import Op
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.laws.plain import forward_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle import Base
@@ -30,7 +30,7 @@ def drops(stage: Stage) -> float:
     "a fine-tuning that starts elsewhere than at the base: PiSSA and CorDA with a base that was not replaced",
     structural=True,
     concerns=lambda variant: not variant.starts or variant.starts_when is not None,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def identity_at_init(stage: Stage) -> Measurement | None:
     """Give every tensor back its fresh value and compare the adapted outputs with the pristine ones.
@@ -87,7 +87,7 @@ def _start_bound(stage: Stage, name: str, base: Base, x: Bounded, plain: Bounded
     (Op.FORWARD,),
     "(IA)^3 gates that a detach or a saddle of two zeros kept from ever moving",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def live_gradients(stage: Stage) -> Measurement | None:
     """Train the fresh adapters for three steps and look for tensors that no gradient reached.
@@ -145,7 +145,7 @@ def _missed(site: str, role: str) -> Measurement:
     (Op.FORWARD,),
     "an embedding unfrozen by the first adapter stays so; a weight tied to a trained head moves with it",
     structural=True,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def base_frozen(stage: Stage) -> Measurement | None:
     """Activate the first adapter alone, take two steps over all that requires a gradient, and compare bit for bit."""

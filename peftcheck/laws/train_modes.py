@@ -12,7 +12,7 @@ from torch import Tensor
 from peftcheck import models
 from peftcheck.case import EMBEDDINGS, LayerSpec
 from peftcheck.implementation import BASE, Op
-from peftcheck.law import SINGLE_AND_HALF, law
+from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
 from peftcheck.laws.plain import forward_holds, merge_holds, merged_as_due
 from peftcheck.laws.train import drops
@@ -30,7 +30,7 @@ _CHANCE = 2.0**-40  # that working dropout is mistaken for none, per layer
     (Op.FORWARD,),
     "an (IA)^3 whose dropout option was never read; LoRA dropout left active by a merge in training mode",
     concerns=lambda variant: "dropout" in variant.options,
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def dropout(stage: Stage) -> Measurement | None:
     """Run in training mode under several seeds, then in evaluation, then merge in training mode.
@@ -132,7 +132,7 @@ def _seeded(stage: Stage, seed: int) -> dict[str, Tensor]:
     "abs(output of a row - closed form of the row's own adapter) <= running error bound; '__base__' rows are the base's",
     (Op.FORWARD, Op.MIXED_BATCH),
     "rows computed by the adapter of another row; names of adapters that a layer lacks",
-    quick=SINGLE_AND_HALF,
+    logic=True,
 )
 def mixed_batch(stage: Stage) -> Measurement | None:
     """Run a batch with an adapter per row, in an order that comes back to the first, and judge row by row.

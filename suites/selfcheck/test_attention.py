@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from peftcheck import attention, models
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep
 from peftcheck.oracle import FORMULAS, Site, machine

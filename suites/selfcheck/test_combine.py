@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftcheck import combination as combining
-from peftcheck import engine, generator, law, selection, suite, values
+from peftcheck import engine, generator, law, values
 from peftcheck.budgets import combine as budgets
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep, decode, encode
 from peftcheck.errors import UsageError
@@ -31,8 +31,7 @@ from peftcheck.oracle.combination import (
     trimmed,
 )
 from peftcheck.outcome import PASS, SKIP, VIOLATION
-from peftcheck.rounding import DTYPES, EXACT_FP64, Arithmetic, Bounded, leaf
-from peftcheck.session import Session, Settings
+from peftcheck.rounding import EXACT_FP64, Arithmetic, Bounded, leaf
 
 AR = Arithmetic(EXACT_FP64)
 REFERENCE = Reference()
@@ -417,40 +416,6 @@ def test_peft_refuses_to_combine_what_does_not_add_up(peft, name):
     cases = (generator.draw(peft.variants()[name], sweep, 0, index) for index in range(40))
     case = next(case for case in cases if len(case.layers) == 1)
     assert check(peft, case, "refuse.combine").status == PASS
-
-
-# cells that take turns
-
-
-def test_variants_and_dtypes_take_turns_and_seeds_in_a_row_visit_every_cell():
-    laws = law.laws("combine.single", "merge.oracle")
-    every = suite.cells(REFERENCE, laws, suite.Filters())
-    found = [selection.in_turn(every, REFERENCE, frozenset({"combine"}), seed) for seed in range(12)]
-    kinds = [[cell for cell in one if cell.kind] for one in found]
-    assert set().union(*kinds) == {cell for cell in every if cell.kind}
-    assert sum(map(len, kinds)) == len(set().union(*kinds))  # and none of them twice
-    for one in found:
-        assert [cell for cell in one if not cell.kind] == [cell for cell in every if not cell.kind]
-    assert {cell.sweep.dtype for cell in kinds[0]} == set(DTYPES)
-
-
-def test_no_kind_leaves_out_a_layer_for_the_turns(peft):
-    every = suite.cells(peft, law.laws("combine.*"), suite.Filters())
-    for seed in range(12):
-        found = selection.in_turn(every, peft, frozenset({"combine"}), seed)
-        assert {(c.kind, c.sweep.layer) for c in found} == {(c.kind, c.sweep.layer) for c in every if c.kind}
-        assert 5 * len(found) < len(every) / 2
-
-
-def test_a_filter_moves_no_turn_but_one_on_dtypes_lifts_them():
-    laws = law.laws("combine.single")
-    every = selection.in_turn(suite.cells(REFERENCE, laws, suite.Filters()), REFERENCE, frozenset({"combine"}), 0)
-    narrow = suite.cells(REFERENCE, laws, suite.Filters(variant=("lora",), layer=("linear",), kind=("cat",)))
-    assert selection.in_turn(narrow, REFERENCE, frozenset({"combine"}), 0) == [cell for cell in every if cell in narrow]
-    filters = suite.Filters(law=("combine.single",), layer=("linear",), kind=("cat",))
-    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=filters)).cells) == 1
-    filters = replace(filters, variant=("lora",))
-    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=replace(filters, dtype=("float*",)))).cells) == 3
 
 
 # laws that a method has no meaning for, and false alarms that must not come back

@@ -25,10 +25,10 @@ ORDER = """
     law laws engine
     strategies machine
     implementations
-    shrink ledger_file ledger repro
+    shrink hearings ledger_file ledger repro
     record joining summary diff report_combinations report_quantized report_html report_markdown report_junit report_index report terminal
     watchdog faults selection quantized_cost suite session bench listing checkpoint_table closing
-    plugin __init__ running conformance cli
+    plugin protocol __init__ running conformance cli
 """.split()
 LIBRARIES = {"peft", "lycoris", "loralib", "transformers", "diffusers", "bitsandbytes", "torchao", "optimum", "hqq"}
 LONGEST = 350

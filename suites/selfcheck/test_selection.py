@@ -1,4 +1,4 @@
-"""Variants that are like another take turns in the quick profile, and are asked whenever they are named."""
+"""Which cells a profile takes: what takes turns, so that a few seeds together visit every cell."""
 
 from __future__ import annotations
 
@@ -7,8 +7,96 @@ from dataclasses import replace
 import pytest
 
 from peftcheck import law, selection, suite
+from peftcheck.case import MODELS, Sweep
+from peftcheck.implementation import load
 from peftcheck.implementations.reference import Reference
+from peftcheck.rounding import DTYPES
+from peftcheck.selection import PROFILES
 from peftcheck.session import Session, Settings
+from peftcheck.suite import Cell
+
+REFERENCE = Reference()
+LOGIC = frozenset(one.name for one in law.laws() if one.logic)
+COMBINE = frozenset({"combine"})
+
+
+@pytest.fixture(scope="module")
+def peft():
+    pytest.importorskip("peft")
+    return load("peft")
+
+
+def in_turn(cells, implementation, groups, seed):
+    return selection.in_turn(cells, implementation, LOGIC, groups, seed)
+
+
+def test_variants_and_dtypes_take_turns_and_seeds_in_a_row_visit_every_combination():
+    every = suite.cells(REFERENCE, law.laws("combine.single", "merge.oracle"), suite.Filters())
+    found = [in_turn(every, REFERENCE, COMBINE, seed) for seed in range(12)]
+    kinds = [[cell for cell in one if cell.kind] for one in found]
+    assert set().union(*kinds) == {cell for cell in every if cell.kind}
+    assert sum(map(len, kinds)) == len(set().union(*kinds))  # and none of them twice
+    for one in found:
+        assert [cell for cell in one if not cell.kind] == [cell for cell in every if not cell.kind]
+    assert {cell.sweep.dtype for cell in kinds[0]} == set(DTYPES)
+
+
+def test_no_kind_leaves_out_a_layer_for_the_turns(peft):
+    every = suite.cells(peft, law.laws("combine.*"), suite.Filters())
+    for seed in range(12):
+        found = in_turn(every, peft, COMBINE, seed)
+        assert {(c.kind, c.sweep.layer) for c in found} == {(c.kind, c.sweep.layer) for c in every if c.kind}
+        assert 5 * len(found) < len(every) / 2
+
+
+def test_each_layer_of_a_variant_is_asked_in_a_wide_and_in_a_half_dtype(peft):
+    every = suite.cells(peft, law.laws("merge.oracle", "state.save_load"), suite.Filters(layer=("linear", "conv?d")))
+    every = [cell for cell in every if cell.sweep.quantizer is None]
+    found = [in_turn(every, peft, frozenset({"dtypes"}), seed) for seed in range(8)]
+    assert set().union(*found) == set(every)
+    for one in found:
+        asked = {}
+        for cell in one:
+            asked.setdefault((cell.law, cell.sweep.variant, cell.sweep.layer), []).append(cell.sweep.dtype)
+        for (name, variant, _), dtypes in asked.items():
+            own = peft.variants()[variant].dtypes
+            wide, half = own & {"float64", "float32"}, own & {"bfloat16", "float16"}
+            assert len(dtypes) == (1 if name in LOGIC else bool(wide) + bool(half)), (name, variant)
+            assert len(set(dtypes) & wide) <= 1 and len(set(dtypes) & half) <= 1
+
+
+def test_layers_that_a_variant_must_refuse_and_quantized_ones_take_no_turns(peft):
+    every = suite.cells(peft, law.laws("refuse.attach", "quantize.merge_budget"), suite.Filters(variant=("lora*",)))
+    every = [cell for cell in every if cell.sweep.layer not in MODELS]
+    assert in_turn(every, peft, PROFILES["quick"].turns, 3) == every
+
+
+def test_a_filter_moves_no_turn_but_one_on_dtypes_lifts_them():
+    laws = law.laws("combine.single")
+    every = in_turn(suite.cells(REFERENCE, laws, suite.Filters()), REFERENCE, COMBINE, 0)
+    narrow = suite.cells(REFERENCE, laws, suite.Filters(variant=("lora",), layer=("linear",), kind=("cat",)))
+    assert in_turn(narrow, REFERENCE, COMBINE, 0) == [cell for cell in every if cell in narrow]
+    filters = suite.Filters(law=("combine.single",), layer=("linear",), kind=("cat",))
+    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=filters)).cells) == 1
+    every_dtype = replace(filters, variant=("lora",), dtype=("*",))
+    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=every_dtype)).cells) == len(DTYPES)
+
+
+def test_a_cell_asks_for_the_cases_of_its_law_and_layer():
+    named = {one.name: one for one in law.laws("merge.oracle", "state.save_load")}
+    plain, whole = Sweep("peft", "lora", "linear", "float32"), Sweep("peft", "lora", "model.llama", "float32")
+    full = PROFILES["full"]
+    due = {
+        (name, sweep.layer): full.cases(Cell(name, sweep), one) for name, one in named.items() for sweep in (plain, whole)
+    }
+    assert due["merge.oracle", "linear"] == (full.exact, full.native)
+    assert due["merge.oracle", "model.llama"] == (full.heavy, full.heavy)
+    assert due["state.save_load", "linear"] == (0, full.logic)
+    assert due["state.save_load", "model.llama"] == (0, min(full.logic, full.heavy))
+    assert all(sum(profile.cases(Cell(n, plain), one)) > 0 for profile in PROFILES.values() for n, one in named.items())
+
+
+# variants that are like another
 
 
 class Alike(Reference):
@@ -25,7 +113,7 @@ EVERY = suite.cells(LIBRARY, law.laws("merge.oracle"), suite.Filters(layer=("lin
 
 
 def taken(seed: int, groups: frozenset[str]) -> set[str]:
-    return {cell.sweep.variant for cell in selection.in_turn(EVERY, LIBRARY, groups, seed)}
+    return {cell.sweep.variant for cell in in_turn(EVERY, LIBRARY, groups, seed)}
 
 
 def test_all_others_are_always_asked_and_three_seeds_in_a_row_ask_all():

@@ -12,7 +12,6 @@ from peftcheck.oracle.activated import invocation
 from peftcheck.targets import Targets, spelled
 from peftcheck.transformer_models import BLUEPRINTS, having
 
-
 # Its preprocessing takes one sequence at a time, and targets by plain names of nn.Linear.
 _APART = frozenset({"lora.corda-ipm", "lora.corda-kpm"})
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.config import ArrowConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from peftcheck.case import AdapterSpec, Case, LayerSpec
+from peftcheck.case import AdapterSpec, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import MERGES, Method
 from peftcheck.oracle.experts import MOST

@@ -226,7 +226,9 @@ class Stage:
             return True
         own = self.adapters_on(name)
         some = (merged for count in range(len(own)) for merged in permutations(own, count + 1))
-        tables = (self.merged(name, merged)["weight"].ceiling() for merged in some)
+        tables = [self.merged(name, merged)["weight"].ceiling() for merged in some]
+        # and one that was merged and unmerged
+        tables.append(self.base(name)["weight"].ceiling() + self.roundtrip(name).get("weight", 0.0))
         return all(float(torch.linalg.vector_norm(table, dim=-1).max()) < (1 - 2.0**-6) * limit for table in tables)
 
     @property

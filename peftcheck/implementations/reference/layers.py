@@ -43,7 +43,7 @@ def geometry(site: str, layer: nn.Module) -> Geometry:
             return Geometry(
                 "convolution", layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups
             )
-    if isinstance(layer, nn.Embedding) and layer.max_norm is None:
+    if isinstance(layer, nn.Embedding):
         factor = getattr(layer, "embed_scale", None)
         if factor is not None or type(layer).forward is nn.Embedding.forward:
             return Geometry("embedding", layer.num_embeddings, layer.embedding_dim, factor=factor)

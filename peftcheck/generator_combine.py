@@ -64,11 +64,11 @@ def combination_case(variant: Variant, sweep: Sweep, kind: str, seed: int, index
 def _plain(rng: random.Random, variant: Variant, case: Case, way: Kind, exact: bool) -> Case:
     """Return a case that every law of combinations can judge, with its members, weights and options.
 
-    Two or three adapters of one rank lie on one layer, which is no smaller than 4 x 4 and has no groups; weights are
+    Two or three adapters of one rank lie on one layer, which has even sides of 4 or more and no groups; weights are
     moderate; the rank of the result cuts nothing off, and is full where a random drop may fill it; what prunes does.
     """
     spec = case.layers[0]
-    spec = replace(spec, n_in=max(4, spec.n_in), n_out=max(4, spec.n_out), groups=1)
+    spec = replace(spec, n_in=max(4, spec.n_in + spec.n_in % 2), n_out=max(4, spec.n_out + spec.n_out % 2), groups=1)
     rank = rng.choice([1, 4] if exact else [1, 2, 3, 4])
     layers = (spec, *(other for other in case.layers[1:] if other.tied is None))
     named = _PLAIN_DYADIC if exact else _PLAIN

@@ -21,6 +21,9 @@ LORA: Mapping[str, Promise] = MappingProxyType({
     "magnitude_prune_svd": Promise.UNSPECIFIED,
 })  # fmt: skip
 
+STARTS: Mapping[str, Promise] = MappingProxyType({kind: LORA[kind] for kind in ("linear", "cat", "svd")})
+"""Of LoRAs that start otherwise: the kinds that prune share their code with these."""
+
 DORA: Mapping[str, Promise] = MappingProxyType(dict.fromkeys(LORA, Promise.UNSPECIFIED))
 """A sum of normalized changes is no such change in general; one adapter at weight 1 is."""
 

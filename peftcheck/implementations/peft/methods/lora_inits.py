@@ -19,6 +19,7 @@ from peftcheck import models, values
 from peftcheck.case import EMBEDDINGS, AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Variant
 from peftcheck.implementations.peft.method import Method, Step
+from peftcheck.implementations.peft.methods.combinations import STARTS
 from peftcheck.implementations.peft.methods.lora import LAYERS, ROLES, claim, configured, no_wider
 from peftcheck.rounding import DTYPES
 
@@ -101,7 +102,7 @@ METHODS = (
         lambda adapter, layers, exact: adapter,
         unasked=LAYERS - {"linear"} | {"mha"},
     ),
-    _start("lora.orthogonal", BOTH, configured(init_lora_weights="orthogonal"), even),
+    _start("lora.orthogonal", BOTH, configured(init_lora_weights="orthogonal"), even, combinations=STARTS),
     _start(
         "lora.eva",
         BOTH,
@@ -109,6 +110,7 @@ METHODS = (
         no_wider_in,
         unasked=_IGNORED | {"mha"},
         after=_eva,
+        combinations=STARTS,
     ),
     _start(
         "lora.pissa-niter",
@@ -118,6 +120,7 @@ METHODS = (
         unasked=_IGNORED,
         rewrites_base=True,
         dtypes=SINGLE,
+        combinations=STARTS,
     ),
     *(
         _start(

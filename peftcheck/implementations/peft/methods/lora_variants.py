@@ -13,6 +13,7 @@ from peft.tuners.lora import config as configurations
 from peftcheck.case import EMBEDDINGS, AdapterSpec, LayerSpec
 from peftcheck.implementation import Variant
 from peftcheck.implementations.peft.method import Method, keeping
+from peftcheck.implementations.peft.methods.combinations import STARTS
 from peftcheck.implementations.peft.methods.lora import ROLES, claim, configured, no_wider
 from peftcheck.implementations.peft.methods.lora_inits import BOTH, SINGLE
 from peftcheck.implementations.peft.methods.shira import two_wide
@@ -103,7 +104,7 @@ def _methods() -> dict[str, Method]:
 
 
 def _mica() -> Method:
-    return _method("lora.mica", "lora", configured(init_lora_weights="mica"), {}, layers=BOTH.union(EMBEDDINGS), fit=no_wider, dtypes=SINGLE, keeps=keeping("B"))
+    return _method("lora.mica", "lora", configured(init_lora_weights="mica"), {}, layers=BOTH.union(EMBEDDINGS), fit=no_wider, dtypes=SINGLE, keeps=keeping("B"), combinations=STARTS)
 
 
 METHODS = (

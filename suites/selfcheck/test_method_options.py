@@ -76,7 +76,7 @@ OWN = {
 """Fields of one method: why no variant sets them."""
 
 WHOLE = {"ADAPTION_PROMPT", "SHADOW", "XLORA"}
-"""Methods without a variant: test_methods.py says why. None of their fields is set."""
+"""Methods without a variant: test_methods.py says why, test_whole_methods.py sets their options. No variant sets a field."""
 
 IGNORED = {
     "r": 5,

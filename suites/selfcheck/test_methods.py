@@ -30,7 +30,7 @@ WHOLE_MODELS = {
     "XLORA": "a classifier over a whole model's hidden states, which weighs saved LoRA adapters",
     "SHADOW": "a second network beside the decoder blocks of a whole model",
 }
-"""Methods that need a model of a known architecture: their promise is not one about a layer."""
+"""Methods that adapt no layer of the kinds here: test_whole_methods.py holds them to closed forms on a whole model."""
 
 
 def offered() -> set[str]:

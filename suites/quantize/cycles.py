@@ -11,28 +11,28 @@ import torch
 from scene import delta, dense, names, rescaled, show, staged
 
 from peftcheck.budgets import quantized
-from peftcheck.laws.quantize import rule
+from peftcheck.laws.quantize import chosen, rule
 from peftcheck.record import Table
 
 AT = (1, 10, 100)
 
 
-def drift(chosen: list[str], spread: float, title: str) -> Table:
+def drift(listed: list[str], spread: float, title: str) -> Table:
     """Cycle a LoRA whose factors are `spread` times those of the profile, and compare with the start."""
     rows = []
-    for name in chosen:
+    for name in listed:
         stage = staged(name, 7)
         rescaled(stage, spread)
-        start, found = dense(stage), {}
-        b = rule(stage)
-        once = quantized.cycled(stage.machine, stage.formula, stage.sites("layer"), stage.base("layer"), b, 1)[
-            "weight"
-        ].bound
+        start, found, grids = dense(stage), {}, []
         for cycle in range(1, max(AT) + 1):
             stage.attached.merge(("default",))
+            grids.append(chosen(stage)["layer"])
             stage.attached.unmerge()
+            grids.append(chosen(stage)["layer"])
             if cycle in AT:
                 found[cycle] = dense(stage) - start
+        b, sites = rule(stage, chosen=grids[:2]), stage.sites("layer")
+        once = quantized.cycled(stage.machine, stage.formula, sites, stage.base("layer"), b, 1)["weight"].bound
         rms = [float(e.square().mean().sqrt()) for e in found.values()]
         worst = [float((e.abs() / once).max()) for e in found.values()]
         rows.append(
@@ -57,11 +57,11 @@ def main() -> None:
     """Print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quantizer", action="append")
-    chosen = names(parser.parse_args().quantizer)
+    listed = names(parser.parse_args().quantizer)
     torch.set_num_threads(1)
-    show(drift(chosen, 1.0, "a delta as large as the weights"))
-    show(drift(chosen, 0.02, "a delta of 2 % of that"))
-    show(drift(chosen, 0.0, "no delta at all: what the grid does by itself"))
+    show(drift(listed, 1.0, "a delta as large as the weights"))
+    show(drift(listed, 0.02, "a delta of 2 % of that"))
+    show(drift(listed, 0.0, "no delta at all: what the grid does by itself"))
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ def names(options: Sequence[str] | None) -> list[str]:
     """Return the installed quantizers, or those chosen; PEFT merges into none of quanto's."""
     return [
         n
-        for n in quantizers.DECLARED
+        for n in quantizers.GRIDS
         if quantizers.available(n) and not n.startswith("quanto.") and (not options or n in options)
     ]
 

@@ -12,7 +12,7 @@ import argparse
 import torch
 from scene import delta, dense, names, rescaled, show, staged
 
-from peftcheck.laws.quantize import rule
+from peftcheck.laws.quantize import chosen, rule
 from peftcheck.record import Table
 
 SIZES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
@@ -26,7 +26,7 @@ def survival(name: str) -> Table:
         for seed in range(3):
             stage = staged(name, seed)
             start = dense(stage)
-            step = 2 * rule(stage)(start, torch.zeros_like(start))
+            step = 2 * rule(stage, chosen=[chosen(stage)["layer"]])(start, torch.zeros_like(start))
             rescaled(stage, size * float(step.square().mean().sqrt()) / float(delta(stage).square().mean().sqrt()))
             due = delta(stage)
             stage.attached.merge(("default",))

@@ -127,6 +127,15 @@ def test_a_proved_fixpoint_is_one(name: str) -> None:
         assert torch.equal(before[proved], after[proved])
 
 
+def test_a_scale_made_for_half_a_code_too_few_inflates_what_it_requantizes() -> None:
+    """The largest magnitude m of a group, where negative, may come back as -8 m / 7.5: merging nothing blows up."""
+    quantizer, setting = quantizer_of("torchao.intx4"), choices("torchao.intx4", 0)
+    start = weight = weights(0, *shape("torchao.intx4", setting), seed=0).float()
+    for _ in range(40):
+        weight = quantizer.values(held("torchao.intx4", weight, setting)).detach()
+    assert float(weight.abs().max() / start.abs().max()) > 4
+
+
 # The table of bitsandbytes' own tests for N(0, 1): mean absolute and mean relative error, as published, rounded.
 PUBLISHED = {
     ("nf4", 64): (0.0728, 0.203),

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peftcheck.laws.merge import restored
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, ratios, worst
 from peftcheck.rounding import DTYPES
 
@@ -128,3 +129,14 @@ def test_the_worst_is_nan_then_what_goes_furthest_beyond_what_is_documented():
     assert worst([new, nan]).role == "d"
     assert worst([]) == NOTHING
     assert worst([broken("e", "shape", "no"), small]).ratio == INF
+
+
+def test_a_round_trip_is_judged_where_there_is_a_way_back_and_nowhere_else():
+    start, infinite = torch.tensor([1.0, 2.0]), torch.tensor([0.5, torch.inf])
+    nan = torch.tensor([1.0, torch.nan])
+    assert restored("w", nan, start, infinite).holds
+    assert not restored("w", nan.flip(0), start, infinite).holds
+    assert not restored("w", torch.tensor([1.6, 2.0]), start, infinite).holds
+    assert not restored("w", start + 1, start, torch.tensor([torch.nan, torch.inf])).holds
+    assert restored("w", nan, start, torch.tensor([torch.inf, torch.inf])) is None
+    assert restored("w", start[:1], start, infinite).symptom == "shape"

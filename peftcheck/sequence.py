@@ -52,6 +52,11 @@ IGNORED = "active adapter ignored while another is merged"
 _ODD = ("merge", "activate", "save", "disable", "add", "load", "delete", "rescale", "export", "unload")
 
 
+def _same(one: Sequence[object], other: Sequence[object]) -> bool:
+    """Return whether two lists hold the same objects; what was worked out of them holds them, so that none is another's."""
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
 def _rank(oddity: str) -> int:
     return _ODD.index(oddity.partition(" ")[0]) if oddity.partition(" ")[0] in _ODD else -1
 
@@ -100,8 +105,10 @@ class Play:
         self.runs: dict[str, Record] = {}  # what each layer was given last, and what it gave
         self.oddity = ""  # what was last done while something was merged, until an unmerge has shown it harmless
         self.over = False
-        self._above: tuple[tuple, list[Base]] | None = None
-        self._back: tuple[Base, list[AdapterSpec], dict[str, Tensor]] | None = None
+        # what was worked out last, by adapter and layer or by layer: good while what it was worked out of is the same
+        self._sites: dict[tuple[str, str], tuple[standing.Tensors, float, Site]] = {}
+        self._above: dict[int, tuple[list, list[Base]]] = {}
+        self._back: dict[int, tuple[list, dict[str, Tensor]]] = {}
         self.exits = ExitStack()
         self.held: dict[str, Tensor] = {}
         self.marks = standing.marks(stage.attached)
@@ -127,6 +134,11 @@ class Play:
         """A folder to save to, gone when the play is."""
         return Path(self.exits.enter_context(tempfile.TemporaryDirectory()))
 
+    @cached_property
+    def finite(self) -> bool:
+        """Whether merging the case's adapters stays clear of overflow everywhere."""
+        return self.stage.finite
+
     @property
     def merged(self) -> bool:
         """Whether anything is merged anywhere."""
@@ -140,14 +152,20 @@ class Play:
         index = self.stage.names.index(adapter)
         if adapter not in self.present or index not in self.stage.adapters_on(name):
             return None
-        site = self.stage.site_of(index, name, self.adapters[adapter])
-        return replace(site, adapter=replace(site.adapter, alpha=site.adapter.alpha * self.factors[adapter]))
+        tensors, factor = self.adapters[adapter], self.factors[adapter]
+        known = self._sites.get((adapter, name))
+        if known is None or known[0] is not tensors or known[1] != factor:
+            site = self.stage.site_of(index, name, tensors)
+            known = (tensors, factor, replace(site, adapter=replace(site.adapter, alpha=site.adapter.alpha * factor)))
+            self._sites[adapter, name] = known
+        return known[2]
 
     def above(self, stack: Stack, sites: Sequence[Site]) -> list[Base]:
         """Return the levels that come on top of a stack when sites are merged in order."""
-        key = (id(stack.levels[0]), id(stack.top), stack.names, tuple((site.adapter, id(self.adapters[site.adapter.name])) for site in sites))
-        if self._above is not None and self._above[0] == key:
-            return list(self._above[1])
+        key = [stack.levels[0], stack.top, *stack.sites, *sites]
+        known = self._above.get(id(stack))
+        if known is not None and _same(known[0], key):
+            return list(known[1])
         form, m, levels = self.stage.formula, self.stage.machine, list(stack.levels)
         for count in range(1, len(sites) + 1):
             if form.merge_many is not None:
@@ -155,8 +173,8 @@ class Play:
             else:
                 changed = form.merge(m, sites[count - 1], levels[-1])
             levels.append({**levels[-1], **changed})
-        self._above = (key, levels[len(stack.levels) :])
-        return list(self._above[1])
+        self._above[id(stack)] = (key, levels[len(stack.levels) :])
+        return list(levels[len(stack.levels) :])
 
     def flags(self) -> None:
         """Take what is trained now for what must be trained after the next step; not while adapters are disabled."""
@@ -193,7 +211,7 @@ class Play:
         if not stage.can(*NEEDS.get(kind, ())):
             return False
         if kind in ("merge", "unmerge", "export"):
-            return stage.finite and stage.variant.inverts is not Inverts.NEVER
+            return self.finite and stage.variant.inverts is not Inverts.NEVER
         return not (kind == "add" and stage.variant.rewrites_base)
 
     def named(self, found: Measurement, kind: str) -> Measurement:
@@ -238,9 +256,8 @@ class Play:
                 if self.numeric:
                     found.append(self.compared(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], forms[tensor].value, budget))
         found += standing.bystanders(tensors, touched, self.marks, self.held, self.numeric)
-        found += standing.adapters(self.stage.attached, self.adapters, self.layouts)
+        found += standing.adapters(self.stage.attached, self.adapters, self.layouts, self.trained if self.off is None else None)
         found.append(standing.modes(self.stage.attached, self.stage.case.train, self.astray))
-        found.append(standing.flags(self.stage.attached, self.trained, self.adapters) if self.off is None else NOTHING)
         self.hold(touched)
         for name in {key.rpartition(".")[0] for key in touched} & self.stacks.keys():
             self._anchor(name)
@@ -269,8 +286,9 @@ class Play:
 
     def way_back(self, bottom: Base, sites: Sequence[Site]) -> dict[str, Tensor]:
         """Return how far merging sites onto these tensors and unmerging them may move each of them."""
-        if self._back is not None and self._back[0] is bottom and self._back[1] == [site.adapter for site in sites]:
-            return self._back[2]
+        key, known = [bottom, *sites], self._back.get(id(bottom))
+        if known is not None and _same(known[0], key):
+            return known[1]
         stage, m = self.stage, self.stage.machine
         room = budgets.roundtrip(m, stage.formula, sites, bottom)
         for bound in stage.variant.documented:
@@ -278,7 +296,7 @@ class Play:
                 room[tensor] = room.get(tensor, 0.0) + extra
         if stage.variant.inverts is Inverts.EXACT:
             room = {tensor: torch.zeros_like(budget) for tensor, budget in room.items()}
-        self._back = (bottom, [site.adapter for site in sites], room)
+        self._back[id(bottom)] = (key, room)
         return room
 
     def _anchor(self, name: str) -> None:

@@ -38,17 +38,12 @@ def modes(attached: Attached, mode: bool, before: Collection[str]) -> Measuremen
 
 
 def trained(attached: Attached, lasting: Mapping[str, Tensors]) -> dict[str, frozenset[tuple[str, str]]]:
-    """Return which of the tensors that adapters keep for good are trained."""
-    return {name: attached.trainable(name) & tensors.keys() for name, tensors in lasting.items()}
-
-
-def flags(attached: Attached, due: Mapping[str, frozenset[tuple[str, str]]] | None, lasting: Mapping[str, Tensors]) -> Measurement:
-    """Return whether the tensors that are trained are those that were; nothing where that is not known."""
-    for name, wanted in (due or {}).items():
-        for site, role in sorted((attached.trainable(name) & lasting[name].keys()) ^ wanted):
-            state = "trained no more" if (site, role) in wanted else "trained now"
-            return broken(f"{site}:{role} of the adapter", "requires_grad", f"{role} of '{name}' is {state}")
-    return NOTHING
+    """Return which of the tensors that adapters keep for good require a gradient."""
+    found: dict[str, frozenset[tuple[str, str]]] = {}
+    for name, tensors in lasting.items():
+        now = attached.adapter_tensors(name)
+        found[name] = frozenset(key for key in tensors.keys() & now.keys() if now[key].requires_grad)
+    return found
 
 
 def bystanders(
@@ -70,8 +65,16 @@ def bystanders(
             yield identical(f"{name}:{tensor}", tensors[key], held[key])
 
 
-def adapters(attached: Attached, due: Mapping[str, Tensors], layouts: Mapping[str, Mapping[tuple[str, str], tuple]]) -> Iterator[Measurement]:
-    """Yield every tensor of an adapter that is gone, or changed in value, shape, dtype or strides."""
+def adapters(
+    attached: Attached,
+    due: Mapping[str, Tensors],
+    layouts: Mapping[str, Mapping[tuple[str, str], tuple]],
+    trains: Mapping[str, frozenset[tuple[str, str]]] | None,
+) -> Iterator[Measurement]:
+    """Yield every tensor of an adapter that is gone, or changed in value, shape, dtype or strides.
+
+    `trains`: which of them require a gradient, where that is known; then this may not change either.
+    """
     for name, tensors in due.items():
         now = attached.adapter_tensors(name)
         if not now.keys() >= tensors.keys():
@@ -84,3 +87,6 @@ def adapters(attached: Attached, due: Mapping[str, Tensors], layouts: Mapping[st
                 yield identical(f"{site}:{role} of the adapter", found, tensor)
             elif layout(found) != steps:
                 yield broken(f"{site}:{role} of the adapter", "strides", f"{role} of '{name}' has strides {layout(found)}, had {steps}")
+            elif trains is not None and found.requires_grad is not ((site, role) in trains[name]):
+                state = "trained now" if found.requires_grad else "trained no more"
+                yield broken(f"{site}:{role} of the adapter", "requires_grad", f"{role} of '{name}' is {state}")

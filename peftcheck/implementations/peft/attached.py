@@ -229,7 +229,7 @@ def _own(module: BaseTunerLayer, adapter: str, roles: Mapping[str, str]) -> Iter
     named = (role.partition(".")[0] for role in roles)
     for attribute in dict.fromkeys((*module.adapter_layer_names, *module.other_param_names, *named)):
         container = getattr(module, attribute, None)
-        if not isinstance(container, Mapping | nn.ModuleDict | nn.ParameterDict) and not hasattr(container, "keys"):
+        if not hasattr(container, "keys"):  # neither a mapping nor one of torch's or PEFT's containers by name
             continue
         if adapter not in container.keys():
             continue

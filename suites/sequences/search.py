@@ -3,7 +3,11 @@
     python suites/sequences/search.py --seeds 20
 
 For each fault and seed, cases are drawn and their programs played until the law `state.sequence` catches the fault;
-the steps played until then are counted. Prints the median, the least and the most over the seeds, and the rate.
+the steps played until then are counted. Prints the median, the least and the most over the seeds, and the rate (CPU time;
+building, attaching and the plain merge that each case is asked first are in it).
+
+Measured with 20 seeds on a busy two-core machine: `sequence.merge-after-delete` 138 steps (20 to 408),
+`sequence.merge-after-disable` 209 (10 to 1,655), `sequence.train-moves-others` 296 (54 to 1,638); 254 steps a second.
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from peftcheck import law, selection, suite
+from peftcheck import law, quantizers, selection, suite
 from peftcheck.case import MODELS, Sweep
 from peftcheck.implementation import load
 from peftcheck.implementations.reference import Reference
@@ -69,6 +69,11 @@ def test_layers_that_a_variant_must_refuse_and_quantized_ones_take_no_turns(peft
     every = suite.cells(peft, law.laws("refuse.attach", "quantize.merge_budget"), suite.Filters(variant=("lora*",)))
     every = [cell for cell in every if cell.sweep.layer not in MODELS]
     assert in_turn(every, peft, PROFILES["quick"].turns, 3) == every
+
+
+def test_the_order_of_cells_hangs_on_no_hash(peft):
+    for variant in peft.variants().values():
+        assert list(variant.quantizers) == [name for name in quantizers.DECLARED if name in variant.quantizers]
 
 
 def test_a_filter_moves_no_turn_but_one_on_dtypes_lifts_them():

@@ -40,7 +40,8 @@ def with_quantizers(variant: Variant) -> Variant:
     merged = MERGED.get(variant.name.partition(".")[0], frozenset())
     if variant.name == "lora.bias":
         merged -= _BIAS
-    named = _BIASES if variant.name == "beft" else DECLARED
+    # in the order of DECLARED: every process must count the same cells in the same order
+    named = [name for name in DECLARED if variant.name != "beft" or name in _BIASES]
     named = [name for name in named if not name.startswith(_COPIED.get(variant.name, ()))]
     claims = {name: Claim.YES if name in merged else Claim.REFUSES for name in named}
     return replace(variant, quantizers=MappingProxyType(claims))

@@ -76,8 +76,9 @@ def main() -> None:
     print("\ncombine.linear, two different at [1, -1]")
     for kind in ("linear", "cat"):
         print(f"  {kind}: {judged(peft, 'combine.linear', case(kind, (1.0, -1.0)))}")
-    print("\ncombine.cross_term_free, probes at [1, 1]")
-    print(f"  linear: {judged(peft, 'combine.cross_term_free', case('linear', (1.0, 1.0), 'probe'))}")
+    for weights in ((1.0, 1.0), (2.0, -1.0, 0.5)):
+        print(f"\ncombine.cross_term_free, probes at {list(weights)}")
+        print(f"  linear: {judged(peft, 'combine.cross_term_free', case('linear', weights, 'probe'))}")
     print("\ncombine.single, one adapter at [-1.0]")
     print(f"  linear: {judged(peft, 'combine.single', case('linear', (-1.0,)))}")
 

@@ -457,6 +457,20 @@ def test_a_twin_that_makes_no_adapter_is_no_repair(peft):
         assert outcome.fingerprint == "combine.definition|lora|weight|factors" and outcome.measurement.repairs == ()
 
 
+def test_a_forward_that_writes_into_an_adapter_is_not_blamed_on_combining(peft):
+    layer = LayerSpec("proj", "embedding", 24, 3, max_norm=4.0)
+    case = the_case("cat", (0.5, 0.5), layer=layer, profile="large")
+    with engine.pinned():
+        scene = engine.Scene(peft, case)
+        scene.attach()
+        stage = scene.stage
+        with torch.no_grad():
+            stage.attached.forward([stage.inputs["proj"]])
+        written = [not torch.equal(t, stage.start_adapters["a"][key]) for key, t in stage.attached.adapter_tensors("a").items()]
+    assert any(written)  # PEFT hands max_norm to the lookup of its own factor
+    assert check(peft, case, "combine.sources_untouched").status == PASS
+
+
 # what repairs a violation
 
 

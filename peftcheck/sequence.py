@@ -212,7 +212,7 @@ class Play:
             return False
         if kind in ("merge", "unmerge", "export"):
             return self.finite and stage.variant.inverts is not Inverts.NEVER
-        return not (kind == "add" and stage.variant.rewrites_base)
+        return not (kind in ("add", "load") and stage.variant.rewrites_base)
 
     def named(self, found: Measurement, kind: str) -> Measurement:
         """Return what does not hold, named after its likeliest cause, with the steps that led there."""

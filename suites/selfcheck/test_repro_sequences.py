@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import tomllib
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,7 @@ from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
 
 from peftcheck import engine, repro
-from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep
+from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep, decode
 from peftcheck.implementations.peft import Peft
 from peftcheck.law import laws
 
@@ -146,3 +147,28 @@ def test_a_crash_is_shown_by_the_steps_that_lead_to_it(monkeypatch):
 def test_a_sequence_that_holds_has_no_script():
     one = replace(case(("merge", (0,), False), ("unmerge",)))
     assert repro.standalone(LIBRARY, one, laws("state.sequence")[0]) is None
+
+
+WITNESSES = (
+    ("dotted-adapter-name", "attach.names"),
+    ("mixed-model-mixed-batch", "refuse.mixed_batch"),
+    ("lora-variant-refused-after-mha-changed", "refuse.attach"),
+    ("hra-gram-schmidt-start", "train.live_gradients"),
+    ("monteclora-checkpoint-state", "forward.checkpointed"),
+    ("merge-inference-tensor", "merge.under_inference_mode"),
+)
+
+
+def witness(issue: str, name: str) -> Case:
+    """Return the first witness that an entry of PEFT's ledger has for a law."""
+    entries = [entry for path in sorted(LIBRARY.ledger.glob("*.toml")) for entry in tomllib.loads(path.read_text())["issue"]]
+    tokens = next(entry["witness"] for entry in entries if entry["id"] == issue)
+    return next(one for one, law in map(decode, tokens) if law == name)
+
+
+@pytest.mark.parametrize(("issue", "name"), WITNESSES)
+def test_laws_of_names_refusals_and_paths_have_short_programs(issue, name):
+    text = written(witness(issue, name), name)
+    assert len(text.splitlines()) < 40 and "peftcheck" not in text.split("\n", 2)[2]
+    code, said = execute(text)
+    assert code == 1 and "found" in said

@@ -103,7 +103,7 @@ def _taken_from_the_base(name: str, init: str, layers: frozenset[str]) -> Method
         layers,
         fit=no_wider,
         claim=claim,
-        unasked=frozenset({"conv1d-transformers", "embedding", "embedding.scaled", "mha"}) - layers,
+        unasked=frozenset({"conv1d-transformers", "embedding", "embedding.scaled"}) - layers,
         rewrites_base=True,
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
         combinations=combinations.LORA,

@@ -108,7 +108,7 @@ METHODS = (
         BOTH,
         configured(init_lora_weights="eva", eva_config=EvaConfig(rho=1.0)),  # 1: ranks stay where they are
         no_wider_in,
-        unasked=_IGNORED | {"mha"},
+        unasked=_IGNORED,
         after=_eva,
         combinations=STARTS,
     ),
@@ -128,7 +128,7 @@ METHODS = (
             BOTH,
             configured(init_lora_weights="corda", corda_config=CordaConfig(corda_method=mode)),
             no_wider,
-            unasked=_IGNORED | {"mha"},
+            unasked=_IGNORED,
             rewrites_base=True,
             most_adapters=1,  # the covariances are taken on plain layers, not on PEFT's
             dtypes=SINGLE,

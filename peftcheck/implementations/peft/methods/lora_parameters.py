@@ -42,9 +42,7 @@ METHODS = (
             fit_all=same_targets,
             claim=claim,
             # any module with a weight holds a parameter; its module is then told to use another one
-            unasked=frozenset(
-                {"linear", "conv1d-transformers", "conv1d", "conv2d", "conv3d", "embedding", "embedding.scaled", "layernorm", "mha"}
-            ),
+            unasked=frozenset({"linear", "conv1d-transformers", "conv1d", "embedding", "embedding.scaled"}),
         ),
         _config,
         ROLES,

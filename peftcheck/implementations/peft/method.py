@@ -54,7 +54,7 @@ class Method:
     after: Step = _nothing
     tells: Step = _nothing
     run: Callable[[PeftModel, Sequence[Tensor]], Sequence[Tensor]] = _run
-    layer: tuple[str, ...] | None = None
+    layer: tuple[str, ...] | Callable[[Case], tuple[str, ...]] | None = None
     mixed: bool = False
     attach: Callable[[nn.Module, Any, AdapterSpec, bool, bool], PeftModel] = _attach
     scripted: Callable[[Any, AdapterSpec], tuple[tuple[str, ...], tuple[str, ...]]] | None = None

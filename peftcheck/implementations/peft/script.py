@@ -50,7 +50,7 @@ def spelling(case: Case, method: Method) -> Spelling:
     return Spelling(
         imports=imports,
         attach=tuple(attach),
-        definitions={**_DEFINITIONS, **({"layer": method.layer} if method.layer else {})},
+        definitions={**_DEFINITIONS, **({"layer": _called(method, case)} if method.layer else {})},
         layer=lambda name: f"layer({text(name)})",
         base=lambda name, tensor: f"base({text(name)}).{tensor}",
         delta=lambda name, adapter: f"layer({text(name)}).get_delta_weight({text(adapter)})",
@@ -69,6 +69,11 @@ def spelling(case: Case, method: Method) -> Spelling:
         rescale=lambda own, factor: f'[m.set_scale({text(own)}, {factor}) for m in model.modules() if hasattr(m, "set_scale")]',
         add=lambda own: f"model.add_adapter({text(own)}, {source(by_name[own])}{cast})",
     )
+
+
+def _called(method: Method, case: Case) -> tuple[str, ...]:
+    """Return the lines that define how a layer is called."""
+    return method.layer(case) if callable(method.layer) else method.layer
 
 
 def _config(method: Method, case: Case, adapter: AdapterSpec) -> Any:

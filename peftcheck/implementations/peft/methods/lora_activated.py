@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
+from peftcheck import transformer_models
 from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import MERGES, Method
@@ -33,6 +34,31 @@ def _tell(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple
     return args, {**kwargs, "alora_offsets": lasts(args[0])}
 
 
+_ALONE = (
+    "def layer(name):  # a row is invoked by the first token whose first feature is positive",
+    '    module = model.get_submodule("base_model.model." + name)',
+    "    def run(x):",
+    "        heads = (x[..., 0] > 0).reshape(len(x), -1).int()",
+    "        lasts = [int(h.numel() - h.argmax()) if h.any() else None for h in heads]",
+    "        return module(x, alora_offsets=lasts)",
+    "    return run",
+)
+
+
+def _layer(case: Case) -> tuple[str, ...]:
+    """Return how a script calls a layer: a whole model's with the offsets that PEFT finds in the ids."""
+    if not case.whole:
+        return _ALONE
+    ids = transformer_models.arguments(case)[0].tolist()
+    return (
+        "def layer(name):",
+        "    from peft.tuners.lora.variants import calculate_alora_offsets",
+        '    module = model.get_submodule("base_model.model." + name)',
+        f"    found = calculate_alora_offsets(model.peft_config, model.active_adapter, torch.tensor({ids}))",
+        "    return lambda x: module(x, alora_offsets=found)",
+    )
+
+
 METHODS = (
     Method(
         Variant(
@@ -46,14 +72,6 @@ METHODS = (
         configured(alora_invocation_tokens=[1]),  # of a whole model the case says which: see as_users_write
         ROLES,
         tells=_told,
-        layer=(
-            "def layer(name):  # a row is invoked by the first token whose first feature is positive",
-            '    module = model.get_submodule("base_model.model." + name)',
-            "    def run(x):",
-            "        heads = (x[..., 0] > 0).reshape(len(x), -1).int()",
-            "        lasts = [int(h.numel() - h.argmax()) if h.any() else None for h in heads]",
-            "        return module(x, alora_offsets=lasts)",
-            "    return run",
-        ),
+        layer=_layer,
     ),
 )

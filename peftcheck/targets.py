@@ -21,12 +21,14 @@ class Targets:
     """A spelling of layers: `modules` are ends of dotted names, or one expression that must match whole names, or
     'all-linear' (every linear layer but a head that is known as one: see `spared`).
 
-    `blocks`, where there are any: only the layers in these entries of the list that is called `container`.
+    `blocks`, where there are any: only the layers in these entries of the list that is called `container`. `excluded`:
+    names of layers that are meant not to be.
     """
 
     modules: tuple[str, ...] | str
     blocks: tuple[int, ...] = ()
     container: str | None = None
+    excluded: tuple[str, ...] = ()
 
 
 def named(case: Case, adapter: AdapterSpec) -> tuple[str, ...]:
@@ -47,6 +49,10 @@ def spelled(case: Case, adapter: AdapterSpec) -> Targets:
 def _wished(case: Case, names: Sequence[str], wish: str | None) -> Iterator[Targets]:
     if wish == "all-linear":
         yield Targets("all-linear")
+    if wish == "names":  # all that end alike, but for those that are named
+        ends = tuple(dict.fromkeys(name.rpartition(".")[2] for name in names))
+        alike = meant(case, Targets(ends))
+        yield Targets(ends, excluded=tuple(sorted(alike - frozenset(names))))
     container = BLUEPRINTS[case.sweep.layer].blocks if wish == "blocks" else None
     for parts in (1, 2, 3) if wish in ("ends", "pattern", "blocks") else ():
         ends = tuple(dict.fromkeys(".".join(name.split(".")[-parts:]) for name in names))
@@ -77,6 +83,8 @@ def spared(case: Case) -> str | None:
 
 
 def _means(case: Case, targets: Targets, spec: LayerSpec) -> bool:
+    if spec.name in targets.excluded:
+        return False
     if targets.modules == "all-linear":
         return spec.kind in LINEAR and spec.name != spared(case)
     if isinstance(targets.modules, str):

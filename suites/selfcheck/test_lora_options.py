@@ -12,7 +12,9 @@ from peft import LoraConfig
 
 from peftcheck import generator
 from peftcheck.case import Sweep
+from peftcheck.implementations.peft import Peft
 from peftcheck.implementations.peft.methods import METHODS
+from peftcheck.implementations.peft.whole_models import as_users_write
 
 COVERED = {
     "r": "lora",
@@ -62,10 +64,14 @@ ELSEWHERE = {
 }
 """Options that need what is not to be had on every machine: why, and which test speaks of them."""
 
+WHOLE = {
+    "exclude_modules": "spelling 'names'",
+    "layers_to_transform": "spelling 'blocks'",
+    "modules_to_save": "save_head",
+}
+"""Options that cases of whole models set, whatever the variant: by which setting."""
+
 PENDING = {
-    "exclude_modules",
-    "layers_to_transform",
-    "modules_to_save",
     "trainable_token_indices",
     "layer_replication",
     "ensure_weight_tying",
@@ -82,12 +88,12 @@ def default(field: dataclasses.Field) -> object:
 
 
 def test_every_option_has_a_variant_or_a_reason() -> None:
-    missing = set(offered()) - set(COVERED) - set(NO_ARITHMETIC) - set(ELSEWHERE) - PENDING
+    missing = set(offered()) - set(COVERED) - set(NO_ARITHMETIC) - set(ELSEWHERE) - set(WHOLE) - PENDING
     assert not missing, f"LoraConfig has options that nothing here speaks of: {', '.join(sorted(missing))}"
 
 
 def test_every_option_is_classified_once() -> None:
-    kinds = (set(COVERED), set(NO_ARITHMETIC), set(ELSEWHERE), PENDING)
+    kinds = (set(COVERED), set(NO_ARITHMETIC), set(ELSEWHERE), set(WHOLE), PENDING)
     assert sum(map(len, kinds)) == len(set().union(*kinds))
 
 
@@ -104,3 +110,16 @@ def test_the_variant_sets_the_option(option: str) -> None:
             if getattr(config, option) != usual:
                 return
     pytest.fail(f"no case of {method.variant.name} sets {option}")
+
+
+@pytest.mark.parametrize("option", sorted(WHOLE))
+def test_cases_of_whole_models_set_the_option(option: str) -> None:
+    variant, usual, found = Peft().variants()["lora"], default(offered()[option]), set()
+    for model in ("model.llama", "model.bert"):
+        for index in range(30):
+            case = generator.draw(variant, Sweep("peft", "lora", model, "float32"), 0, index)
+            for adapter in case.adapters:
+                plain = METHODS["lora"].config(adapter, [case.layers[target].name for target in adapter.targets])
+                if getattr(as_users_write(plain, case, adapter), option) != usual:
+                    found.add(model)
+    assert found == {"model.llama", "model.bert"}

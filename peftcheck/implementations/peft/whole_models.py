@@ -40,7 +40,9 @@ def as_users_write(config: Any, case: Case, adapter: AdapterSpec) -> Any:
     targets = spelled(case, adapter)
     if targets.blocks and not {"layers_to_transform", "layers_pattern"} <= fields:
         targets = Targets(tuple(case.layers[target].name for target in adapter.targets))
-    given: dict[str, Any] = {}
+    if targets.excluded and "exclude_modules" not in fields:
+        targets = Targets(tuple(case.layers[target].name for target in adapter.targets))
+    given: dict[str, Any] = {"exclude_modules": list(targets.excluded)} if targets.excluded else {}
     blueprint = BLUEPRINTS[case.sweep.layer]
     if case.setting("save_head") and "modules_to_save" in fields:
         given["modules_to_save"] = [blueprint.head]

@@ -8,22 +8,20 @@ other laws say nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from peftcheck import quantizers, values
+from peftcheck import quantizers
 from peftcheck.budgets import quantized
 from peftcheck.budgets.quantized import Rule
-from peftcheck.case import Case
 from peftcheck.implementation import Op, Variant
 from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
 from peftcheck.measurement import Measurement, broken, compare, identical, worst
-from peftcheck.oracle import FORMULAS, Base
-from peftcheck.rounding import DTYPES, judged, precision
+from peftcheck.oracle import Base, Site
+from peftcheck.rounding import judged, leaf, precision
 from peftcheck.stage import Stage
 
 
@@ -82,6 +80,27 @@ def within(stage: Stage, forms: Base) -> bool:
     return stage.sound(*forms.values()) and all(bool((form.ceiling() <= limit).all()) for form in forms.values())
 
 
+def refusable(stage: Stage, sites: Mapping[str, Sequence[Site]] | None = None) -> bool:
+    """Return whether the case merges safely what the quantizer cannot hold, from the values that are there now.
+
+    A safe merge is then refused rightly: by the adapter that overflows, or by the next, which finds infinities where
+    that one went unseen (`quantize.rejects` judges it). Laws that merely merge have nothing to say. `sites`: where
+    the adapters hold other values than at the start.
+    """
+    if not stage.case.safe:
+        return False
+    tensors = dense(stage)
+    if isinstance(tensors, Measurement):
+        return False  # for the law to tell
+    for name in stage.targeted:
+        base = {key: leaf(tensors[f"{name}.{key}"], stage.machine.exact) for key in stage.base(name)}
+        own = stage.sites(name) if sites is None else sites[name]
+        made = (stage.merge_of(own[: count + 1], base) for count in range(len(own)))
+        if not all(within(stage, forms) for forms in made):
+            return True
+    return False
+
+
 def merged(stage: Stage, name: str, chosen: Sequence[Any] = ()) -> Base | None:
     """Return the merged tensors of a layer with what the grid may cost; None where something may overflow."""
     if stage.formula.merge_many is not None and len(stage.sites(name)) > 1:
@@ -117,12 +136,6 @@ def decoding(stage: Stage) -> Measurement:
         with torch.no_grad():
             found.append(compare(f"{spec.name}:dequantized", quantizer.values(layer), form.value, judged(form)))
     return worst(found)
-
-
-def _comes_back(variant: Variant) -> bool:
-    """Return whether a formula says what unmerging makes of requantized weights: a difference, or a matrix."""
-    formula = FORMULAS[variant.formula]
-    return formula.delta is not None or formula.turn is not None
 
 
 def requantizes(variant: Variant) -> bool:
@@ -190,127 +203,11 @@ def _exported(stage: Stage, names: list[str]) -> Measurement:
 )
 def merge_budget(stage: Stage) -> Measurement | None:
     """Merge all adapters and compare with the closed form, each merge requantized."""
-    if not readable(stage):
+    if not readable(stage) or refusable(stage):
         return None
     merge_all(stage)
     grids = chosen(stage)
     return judge(stage, {name: merged(stage, name, [grids[name]]) for name in stage.targeted})
-
-
-@law(
-    "quantize.roundtrip_budget",
-    "abs(DQ(unmerged) - DQ(W)) <= b(T) + b(U) + roundings",
-    (Op.MERGE, Op.UNMERGE),
-    "unmerging requantizes once more: it does not restore the weights, and may not drift further than two steps",
-    concerns=_comes_back,
-)
-def roundtrip_budget(stage: Stage) -> Measurement | None:
-    """Merge, unmerge, and compare with the start."""
-    return _cycled(stage, 1)
-
-
-@law(
-    "quantize.drift",
-    "abs(DQ((unmerge merge)^k) - DQ(W)) <= k (b(T) + b(U)) + roundings",
-    (Op.MERGE, Op.UNMERGE),
-    "weight synchronisation to an inference server merges and unmerges at every step",
-    concerns=_comes_back,
-)
-def drift(stage: Stage) -> Measurement | None:
-    """Merge and unmerge several times, and compare with the start."""
-    return _cycled(stage, stage.case.cycles)
-
-
-def _cycled(stage: Stage, cycles: int) -> Measurement | None:
-    if not readable(stage):
-        return None
-    found = _cycles(stage, cycles)
-    forms: dict[str, Base | None] = {}
-    for name in stage.targeted:
-        grids = [one[name] for one in found]
-        there = merged(stage, name, grids)
-        b = rule(stage, coarser(stage), grids)
-        back = quantized.cycled(stage.machine, stage.formula, stage.sites(name), stage.base(name), b, cycles)
-        changed = None if back is None or there is None else {key: back[key] for key in there}
-        forms[name] = changed if changed is not None and within(stage, changed) else None
-    return judge(stage, forms)
-
-
-def _cycles(stage: Stage, cycles: int) -> list[Mapping[str, Any]]:
-    """Merge and unmerge several times; return what each requantization in turn has chosen."""
-    found = []
-    for _ in range(cycles):
-        merge_all(stage)
-        found.append(chosen(stage))
-        stage.attached.unmerge()
-        found.append(chosen(stage))
-    return found
-
-
-def without_effect(case: Case) -> Case:
-    """Return the case with adapters that change nothing."""
-    return replace(case, profile="zero")
-
-
-@law(
-    "quantize.zero_delta",
-    "an adapter that changes nothing leaves values bit-equal where the grid is a fixpoint, else within k (b(T) + b(U))",
-    (Op.MERGE, Op.UNMERGE),
-    "a grid whose requantization is not a fixpoint walks away by itself",
-    structural=True,
-    concerns=lambda variant: _comes_back(variant) and "magnitude" not in FORMULAS[variant.formula].hints.values(),
-)
-def zero_delta(stage: Stage) -> Measurement | None:
-    """Write zeros, merge and unmerge several times, compare with the start."""
-    if not readable(stage):
-        return None
-    quiet = without_effect(stage.case)
-    sites = _silenced(stage, quiet)
-    if sites is None:
-        return None
-    quantizer, adapter_dtype = quantizers.load(stage.case.sweep.quantizer), DTYPES[stage.case.adapter_dtype]
-    proved = {n: quantizer.proved(stage.attached.base_layer(n), adapter_dtype) for n in stage.targeted}
-    grids = _cycles(stage, stage.case.cycles)
-    tensors = dense(stage)
-    if isinstance(tensors, Measurement):
-        return tensors
-    found = []
-    for name in stage.targeted:
-        start, now = stage.dense[f"{name}.weight"], tensors[f"{name}.weight"]
-        b = rule(stage, coarser(stage), [one[name] for one in grids])
-        room = quantized.cycled(stage.machine, stage.formula, sites[name], stage.base(name), b, stage.case.cycles)
-        if room is None:
-            continue
-        exact = proved[name] if stage.formula.delta is not None else torch.zeros_like(proved[name])
-        budget = torch.where(
-            exact, torch.zeros_like(room["weight"].value), judged(room["weight"], machine=stage.machine.base.store)
-        )
-        found.append(compare(f"{name}:weight", now.to(start.dtype), start, budget))
-    return worst(found) if found else None
-
-
-def _silenced(stage: Stage, quiet: Case) -> dict | None:
-    """Write values without effect into the adapters; return the sites, or None where the method has no such values."""
-    with torch.no_grad():
-        for index, adapter in enumerate(quiet.adapters):
-            for (site, role), tensor in stage.attached.adapter_tensors(adapter.name).items():
-                hint = stage.formula.hints.get(role, "factor")
-                if hint in ("factor", "scale", "rotation") and tensor.is_floating_point():
-                    tensor.copy_(values.adapter(quiet, index, site, role, tuple(tensor.shape), hint))
-    after = {a.name: stage.attached.adapter_tensors(a.name) for a in quiet.adapters}
-    sites = {
-        name: tuple(stage.site_of(i, name, after[quiet.adapters[i].name]) for i in stage.adapters_on(name))
-        for name in stage.targeted
-    }
-    for name, own in sites.items():
-        base = stage.base(name)
-        if any(
-            not torch.equal(form.value, base[key].value)
-            for key, form in stage.merge_of(own, base).items()
-            if key in base
-        ):
-            return None
-    return sites
 
 
 @law(
@@ -322,7 +219,7 @@ def _silenced(stage: Stage, quiet: Case) -> dict | None:
 )
 def effect(stage: Stage) -> Measurement | None:
     """Merge, and look whether anything moved on a layer where the grid cannot have swallowed the change."""
-    if not readable(stage):
+    if not readable(stage) or refusable(stage):
         return None
     merge_all(stage)
     tensors = dense(stage)

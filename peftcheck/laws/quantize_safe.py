@@ -105,15 +105,17 @@ def rejects(stage: Stage) -> Measurement | None:
 def _accepted(stage: Stage, where: str, what: str) -> Measurement | None:
     """Judge a merge that went through: a layer that took a wider dtype holds what the base's dtype could not.
 
-    Then the state has changed, which `quantize.state_kept` judges, and nothing has overflowed.
+    Then the state has changed, which `quantize.state_kept` judges, and nothing has overflowed. A tame element in an
+    adapter that overflows by itself is an overflow too.
     """
-    if stage.case.poison.value == "overflow":
+    value = {"tame": "overflow"}.get(stage.case.poison.value, stage.case.poison.value)
+    if value == "overflow":
         tensors = dense(stage)
         if isinstance(tensors, Measurement):
             return tensors
         if all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
             return None
-    return broken(where, f"accepted {stage.case.poison.value}", f"{what}: safe_merge accepted it")
+    return broken(where, f"accepted {value}", f"{what}: safe_merge accepted it")
 
 
 @law(

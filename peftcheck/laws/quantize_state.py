@@ -15,7 +15,7 @@ from peftcheck.budgets import quantized
 from peftcheck.implementation import Op
 from peftcheck.law import law
 from peftcheck.laws.merge import merge_all
-from peftcheck.laws.quantize import chosen, coarser, judge, placed, readable, requantizes, rule, within
+from peftcheck.laws.quantize import chosen, coarser, judge, placed, readable, refusable, requantizes, rule, within
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle import FORMULAS, Base
 from peftcheck.oracle.layers import layer_output
@@ -38,7 +38,7 @@ def facts(stage: Stage) -> dict[str, dict]:
 )
 def state_kept(stage: Stage) -> Measurement | None:
     """Compare every fact of the quantized layers before and after."""
-    if not placed(stage):
+    if not placed(stage) or refusable(stage):
         return None
     before, biases = facts(stage), _biases(stage)
     merge_all(stage)
@@ -76,7 +76,7 @@ def changed(before: dict, after: dict, biases: dict, biases_after: dict, what: s
 )
 def warns(stage: Stage) -> Measurement | None:
     """Merge, and look for a warning that speaks of rounding."""
-    if not placed(stage):
+    if not placed(stage) or refusable(stage):
         return None
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -229,7 +229,7 @@ def after_forward(stage: Stage) -> Measurement | None:
 
     Where the forward stores the block scales in bfloat16, as the repacked layout does, W may have moved by 2^-8 of it.
     """
-    if not _runs(stage) or not readable(stage):
+    if not _runs(stage) or not readable(stage) or refusable(stage):
         return None
     with torch.no_grad():
         stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])

@@ -24,6 +24,7 @@ from peftcheck.rounding import DTYPES, precision
 torch.set_num_threads(1)
 BITSANDBYTES = [name for name in quantizers.DECLARED if name.startswith("bitsandbytes.")]
 OTHERS = [name for name in quantizers.DECLARED if name not in BITSANDBYTES]
+SAFE = ("quantize.rejects", "quantize.atomic")
 FLAT = ["bitsandbytes.nf4", "bitsandbytes.fp4"]
 
 
@@ -398,3 +399,23 @@ def test_gradients_of_large_outputs_are_no_overflow_of_the_law(peft) -> None:
         case = replace(case, adapters=tuple(replace(a, alpha=64.0 * a.rank) for a in case.adapters))
         (outcome,) = engine.check(peft, case, laws("quantize.backward"))
         assert not outcome.failed, outcome.message
+
+
+def test_laws_that_merely_merge_leave_a_right_refusal_to_the_law_of_refusals(peft) -> None:
+    """The first adapter overflows in the quantizer's own cast, the second safe merge finds infinities and refuses."""
+    variant, merging = peft.variants()["lora"], [law for law in laws("quantize.*") if law.name not in SAFE]
+    speaks = set()
+    for index in range(40):
+        case = case_of(peft, "lora", "bitsandbytes.int8", "bfloat16", index)
+        if len(case.adapters) < 2:
+            continue
+        for alpha in (1.0, 2.0**30):
+            adapters = tuple(replace(a, alpha=alpha) for a in case.adapters)
+            loud = replace(case, safe=True, profile="normal", adapters=adapters)
+            for outcome in engine.check(peft, loud, [law for law in merging if law.concerns(variant)]):
+                assert not outcome.failed, outcome.message
+                if outcome.measurement is not None:
+                    speaks.add((outcome.law, alpha))
+    merges = {"merge_budget", "roundtrip_budget", "drift", "effect", "warns", "state_kept", "after_forward"}
+    assert {law for law, alpha in speaks if alpha == 1.0} >= {f"quantize.{name}" for name in merges}
+    assert not {law for law, alpha in speaks if alpha != 1.0} & {f"quantize.{name}" for name in merges}

@@ -15,14 +15,16 @@ from torch import Tensor
 
 from peftcheck import generator, quantizers, refusal
 from peftcheck.case import Case, LayerSpec, Sweep
-from peftcheck.implementation import Implementation
+from peftcheck.implementation import Implementation, Op
 from peftcheck.laws.quantize import chosen, dense, rule
+from peftcheck.laws.quantize_cycles import silenced, without_effect
 from peftcheck.measurement import Measurement
 from peftcheck.record import QuantizedRecord
 from peftcheck.stage import Stage, note_start, set_up
 
 NAME, SHAPE, RANK = "layer", (256, 64), 8
 SMALL = 0.1  # the small change, as a share of the step
+CYCLES = 10  # merges and unmerges that drift is measured after
 _SETTING = 64  # block or group
 
 
@@ -57,9 +59,30 @@ def measure(implementation: Implementation, sweep: Sweep) -> QuantizedRecord | N
         if not isinstance(error, Unreadable) and not refusal.is_library(error, implementation):
             raise
         return None
+    drift, idle = (_walked(implementation, sweep, nothing) for nothing in (False, True))
     return QuantizedRecord(
-        sweep.quantizer, sweep.variant, rms(start), rms(step), rms(due), unavoidable, cost, kept, cosine, changed
-    )
+        sweep.quantizer, sweep.variant, rms(start), rms(step), rms(due), unavoidable, cost, kept, cosine, changed,
+        drift, idle,
+    )  # fmt: skip
+
+
+def _walked(implementation: Implementation, sweep: Sweep, nothing: bool) -> float | None:
+    """Return how far merges and unmerges have moved the weights, of a full change or of none.
+
+    None where the method does not come back, or has no values without effect.
+    """
+    try:
+        stage = _staged(implementation, sweep)
+        if not stage.can(Op.UNMERGE) or (nothing and silenced(stage, without_effect(stage.case)) is None):
+            return None
+        for _ in range(CYCLES):
+            stage.attached.merge(stage.names, safe=False)
+            stage.attached.unmerge()
+        return rms(_read(stage) - _start(stage))
+    except Exception as error:
+        if not isinstance(error, Unreadable) and not refusal.is_library(error, implementation):
+            raise
+        return None
 
 
 def _bound(stage: Stage, value: Tensor) -> Tensor:
@@ -96,6 +119,10 @@ def _due(stage: Stage) -> Tensor:
 
 def _merged(stage: Stage) -> Tensor:
     stage.attached.merge(stage.names, safe=False)
+    return _read(stage)
+
+
+def _read(stage: Stage) -> Tensor:
     found = dense(stage)
     if isinstance(found, Measurement):
         raise Unreadable(found.note)

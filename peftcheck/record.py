@@ -145,7 +145,8 @@ class QuantizedRecord:
     `weight` and `delta` are sizes; `step` is twice what rounding to the grid may cost at an element, `unavoidable` what
     it costs on the average, `cost` how far the merge was off. Of a delta a tenth of the step: `kept` is the share
     of it that the merge moved along it, `cosine` the direction's, `changed` the share of codes that moved at all;
-    null where the method has no such delta.
+    null where the method has no such delta. `drift` is how far ten merges and unmerges have moved the weights, `idle`
+    how far ten of an adapter that changes nothing have; null where the method does not come back, or was not asked.
     """
 
     quantizer: str
@@ -158,6 +159,8 @@ class QuantizedRecord:
     kept: float | None
     cosine: float | None
     changed: float | None
+    drift: float | None = None
+    idle: float | None = None
 
 
 @dataclass(frozen=True)

@@ -104,7 +104,7 @@ def zero_delta(stage: Stage) -> Measurement | None:
     if not readable(stage):
         return None
     quiet = without_effect(stage.case)
-    sites = _silenced(stage, quiet)
+    sites = silenced(stage, quiet)
     if sites is None:
         return None
     quantizer, adapter_dtype = quantizers.load(stage.case.sweep.quantizer), DTYPES[stage.case.adapter_dtype]
@@ -130,7 +130,7 @@ def zero_delta(stage: Stage) -> Measurement | None:
     return worst(found) if found else None
 
 
-def _silenced(stage: Stage, quiet: Case) -> dict | None:
+def silenced(stage: Stage, quiet: Case) -> dict | None:
     """Write values without effect into the adapters; return the sites, or None where the method has no such values."""
     with torch.no_grad():
         for index, adapter in enumerate(quiet.adapters):

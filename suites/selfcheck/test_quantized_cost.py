@@ -50,6 +50,16 @@ def test_little_of_a_small_change_keeps_its_direction(measured) -> None:
         assert one.changed < 0.5
 
 
+def test_ten_round_trips_move_the_weights_and_ten_of_nothing_only_where_the_grid_is_no_fixpoint(measured) -> None:
+    for one in measured.values():
+        assert one.cost < one.drift < 20 * one.step
+        assert one.idle == 0.0
+    pytest.importorskip("torchao")
+    with engine.pinned():
+        walking = quantized_cost.measure(Peft(), Sweep("peft", "lora", "linear", "float32", "torchao.int8"))
+    assert walking.idle > walking.unavoidable
+
+
 def test_a_merge_that_leaves_nothing_readable_has_no_cost() -> None:
     with engine.pinned():
         sweep = Sweep("peft", "pvera", "linear", "float32", "bitsandbytes.nf4")
@@ -92,6 +102,17 @@ def test_the_report_says_what_to_do() -> None:
     assert "0.98 %" in said[0] and "less than 9.8 %" in said[0] and "0.40 (cosine)" in said[0]
     assert "100 times" in said[1]
     assert "13 %" in said[2]
+
+
+def test_the_report_names_the_grid_that_walks_away_by_itself() -> None:
+    rows = [replace(INT8, drift=0.02, idle=0.0), replace(NF4, drift=0.2, idle=0.05)]
+    still, walks = report_quantized.sentences(with_rows(*rows))
+    assert "taken out ten times, the weights are 4 % off" in still and "leave them where they are" in still
+    assert "40 % off" in walks and "walks away by itself: 10 % after ten merges of nothing" in walks
+    assert "round trip" not in report_quantized.sentences(with_rows(INT8))[0]
+    assert [row[9:11] for row in report_quantized.table(with_rows(*rows, replace(INT8, variant="a"))).rows] == [
+        (None, None), (0.04, 0.0), (0.4, 0.1),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("render", [report_html.render, report_markdown.render])

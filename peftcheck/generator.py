@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from peftcheck import quantizers, values
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, MODELS, AdapterSpec, Case, LayerSpec, Poison, Sweep
+from peftcheck.errors import HarnessError
 from peftcheck.generator_model import model_case
 from peftcheck.implementation import Claim, Variant
 from peftcheck.oracle import FORMULAS
@@ -33,6 +34,7 @@ _ADAPTER_NAMES = (
 )
 _SIZES = (1, 2, 3, 4, 5, 6, 8, 8, 12, 16, 24)
 _LARGE_FAN_IN = (64, 128, 255, 512)
+_TRIES = 1000  # layers drawn for one that a quantizer takes
 
 
 def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = False) -> Case:
@@ -151,10 +153,11 @@ def _quantized_layer(rng: random.Random, variant: Variant, declared, settings, n
     wanted = rng.random() < 0.7 and merges  # a shape that runs forward everywhere
     widths = declared.widths if merges else [n for n in declared.widths if n <= 128]
     heights = declared.heights if merges else [n for n in declared.heights if n <= 32]
-    while True:
+    for _ in range(_TRIES):
         spec = variant.admit(LayerSpec(name, "linear", rng.choice(widths), rng.choice(heights), bias=bias))
         if quantizers.fits(declared.name, spec, settings) and (not wanted or quantizers.forwards(declared.name, spec, settings)):
             return spec
+    raise HarnessError(f"no layer that {variant.name} admits fits {declared.name} with {settings}")
 
 
 def _profile(rng: random.Random, variant: Variant, layers: Sequence[LayerSpec], adapters: Sequence[AdapterSpec]) -> str:

@@ -63,14 +63,6 @@ def plain(layer: LayerSpec) -> LayerSpec:
     )
 
 
-_WIDEST = 128  # a rotation is a dense square matrix for each factor, and every forward multiplies all of them
-
-
-def narrow(layer: LayerSpec) -> LayerSpec:
-    """Return `plain(layer)`, a linear one with no more inputs than are turned in good time."""
-    return plain(layer) if layer.kernel else replace(layer, n_in=min(layer.n_in, _WIDEST))
-
-
 def _method(name: str, layers: tuple[str, ...], admit) -> Method:
     variant = Variant(
         name,
@@ -85,4 +77,4 @@ def _method(name: str, layers: tuple[str, ...], admit) -> Method:
     return Method(variant, _config, {"boft_R": "R", "boft_s": "s"})
 
 
-METHODS = (_method("boft", ("linear", "conv2d"), narrow), _method("boft.conv2d", ("conv2d",), ungrouped))
+METHODS = (_method("boft", ("linear", "conv2d"), plain), _method("boft.conv2d", ("conv2d",), ungrouped))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from torch import nn
 
@@ -24,6 +24,9 @@ class Spelling:
     `disabled` a context manager, `unload` and `export(adapters, safe)` the exported model. Statements:
     `merge(adapters, safe)`, `unmerge`; where the library has them, `save(folder, adapters)`, `delete(adapter)`,
     `load(folder, adapter)`, `activate(adapters)`, `rescale(adapter, factor)`, `add(adapter)` of one of the case's;
+    `combine(adapters, weights, kind, into, options)` too. Expressions, where it combines: `gain(name, adapter)` is the
+    factor of an adapter's product on a layer and `rank(name, adapter)` the rank that its configuration declares (of
+    `adapter` in source text), `holds(adapter)` whether there is an adapter of that name;
     `mixed(inputs, rows)` is an expression for the outputs of a batch with an adapter for each row.
     `merge` and `export` of no adapters are of those that are active.
     `root(attached)` is the module that `model` stands for then.
@@ -49,6 +52,10 @@ class Spelling:
     rescale: Callable[[str, float], str] | None = None
     add: Callable[[str], str] | None = None
     mixed: Callable[[str, str], str] | None = None
+    combine: Callable[[Sequence[str], Sequence[float], str, str, Mapping[str, Any]], str] | None = None
+    gain: Callable[[str, str], str] | None = None
+    rank: Callable[[str, str], str] | None = None
+    holds: Callable[[str], str] | None = None
 
 
 @runtime_checkable

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from peftcheck import combination as combining
 from peftcheck import combination_diagnosis as diagnosis
@@ -25,6 +26,7 @@ from peftcheck.laws.combine_relations import (
 )
 from peftcheck.measurement import Measurement, worst
 from peftcheck.oracle.combination import crossing
+from peftcheck.rounding import Bounded
 from peftcheck.stage import Stage
 
 
@@ -40,10 +42,7 @@ def _against_sum(stage: Stage, asked: Combination, made: Combined, part: Combina
         due = combining.total(stage, asked, layer, plain=True)
         if asked.kind.rank == "chosen" and stage.formula.delta is not None:
             target = combining.total(stage, asked, layer)
-            limit = {key: combining.truncated_bound(stage, asked, form) for key, form in target.items()}
-            if part is not None and layer in combining.layers(stage, part):
-                before = combining.total(stage, part, layer)
-                limit = {k: room + (3 * combining.truncated_bound(stage, part, before[k]) if k in before else 0.0) for k, room in limit.items()}
+            limit = {key: room_of(stage, asked, layer, key, part) for key in target}
             measured = [
                 normwise(f"{layer}:{key}", got[key].value if key in got else torch.zeros_like(due[key].value), due[key].value, room)
                 for key, room in limit.items()
@@ -54,6 +53,15 @@ def _against_sum(stage: Stage, asked: Combination, made: Combined, part: Combina
         found.append((one, layer, got))
     one, layer, got = max(found, key=lambda item: _rank(item[0]))
     return one if one.holds else diagnosis.explained(stage, asked, made, layer, got, one)
+
+
+def room_of(stage: Stage, asked: Combination, layer: str, key: str, part: Combination | None = None) -> float:
+    """Return by how much (Frobenius) a combination through an SVD may miss sum w_i D_i, made in one step or two."""
+    room = combining.truncated_bound(stage, asked, combining.total(stage, asked, layer)[key])
+    if part is None or layer not in combining.layers(stage, part):
+        return room
+    before = combining.total(stage, part, layer)
+    return room + (3 * combining.truncated_bound(stage, part, before[key]) if key in before else 0.0)
 
 
 def _rank(m: Measurement) -> float:
@@ -90,17 +98,7 @@ def cross_term_free(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or stage.case.profile != "probe" or combining.promise(stage, asked) is Promise.UNSPECIFIED:
         return None
-    places = {}
-    for layer in combining.layers(stage, asked):
-        sites, _ = combining.sources(stage, asked, layer)
-        distinct = dict(zip((site.adapter.name for site in sites), combining.changes(stage, asked, layer, plain=True), strict=True))
-        if stage.formula.delta is None or len(distinct) < 2:
-            continue
-        where = crossing([one["weight"].value for one in distinct.values()])
-        target = combining.total(stage, asked, layer)["weight"]
-        if where is None or (asked.kind.rank == "chosen" and not combining.untruncated(stage, asked, target)):
-            continue
-        places[layer] = (where, target)
+    places = crossings(stage, asked)
     if not places:
         return None
     made, found = combining.made(stage, asked), []
@@ -123,6 +121,22 @@ def cross_term_free(stage: Stage) -> Measurement | None:
     return result if result.holds else diagnosis.repaired(stage, asked, replace(result, note=""), result.note)
 
 
+def crossings(stage: Stage, asked: Combination) -> dict[str, tuple[Tensor, Bounded]]:
+    """Return where a layer's true terms cannot be (a mask like its weight) and its true sum, where supports are disjoint."""
+    places: dict[str, tuple[Tensor, Bounded]] = {}
+    for layer in combining.layers(stage, asked):
+        sites, _ = combining.sources(stage, asked, layer)
+        distinct = dict(zip((site.adapter.name for site in sites), combining.changes(stage, asked, layer, plain=True), strict=True))
+        if stage.formula.delta is None or len(distinct) < 2:
+            continue
+        where = crossing([one["weight"].value for one in distinct.values()])
+        target = combining.total(stage, asked, layer)["weight"]
+        if where is None or (asked.kind.rank == "chosen" and not combining.untruncated(stage, asked, target)):
+            continue
+        places[layer] = (where, target)
+    return places
+
+
 @combining_law(
     "combine.single",
     "one adapter at weight w is w D",
@@ -134,8 +148,12 @@ def single(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None:
         return None
-    one = asked.but(members=asked.members[:1], weights=asked.weights[:1]).dense().having(svd_rank=None, svd_clamp=None)
-    return _exactly(stage, one)
+    return _exactly(stage, alone(asked))
+
+
+def alone(asked: Combination) -> Combination:
+    """Return the first adapter alone at its weight, nothing pruned."""
+    return asked.but(members=asked.members[:1], weights=asked.weights[:1]).dense().having(svd_rank=None, svd_clamp=None)
 
 
 @combining_law(
@@ -150,8 +168,13 @@ def cancel(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None:
         return None
+    return _exactly(stage, cancelling(asked))
+
+
+def cancelling(asked: Combination) -> Combination:
+    """Return the first adapter twice, with opposite weights, nothing pruned."""
     first, weight = asked.members[0], asked.weights[0]
-    return _exactly(stage, asked.but(members=(first, first), weights=(weight, -weight)).dense().having(svd_clamp=None))
+    return asked.but(members=(first, first), weights=(weight, -weight)).dense().having(svd_clamp=None)
 
 
 def _exactly(stage: Stage, asked: Combination) -> Measurement | None:
@@ -179,12 +202,17 @@ def homogeneous(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or not _meaningful(stage, asked):
         return None
-    factor = 4.0 if stage.case.values % 2 else 0.25
-    asked = asked.having(svd_clamp=None)
-    other = asked.but(weights=tuple(factor * weight for weight in asked.weights))
+    asked, other, factor = grown(stage, asked)
     if not combining.sound(stage, other):
         return None
     return _compared(stage, asked, other, factor)
+
+
+def grown(stage: Stage, asked: Combination) -> tuple[Combination, Combination, float]:
+    """Return the combination, the one with weights that are all larger or smaller by a factor, and the factor."""
+    factor = 4.0 if stage.case.values % 2 else 0.25
+    asked = asked.having(svd_clamp=None)
+    return asked, asked.but(weights=tuple(factor * weight for weight in asked.weights)), factor
 
 
 @combining_law(
@@ -200,8 +228,13 @@ def permutation(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or len(asked.members) < 2 or not _meaningful(stage, asked):
         return None
+    return _compared(stage, *reversed_order(asked), 1.0)
+
+
+def reversed_order(asked: Combination) -> tuple[Combination, Combination]:
+    """Return the combination in order and in reverse, nothing dropped at random."""
     asked = (asked.dense() if asked.kind.prunes == "random" else asked).having(svd_clamp=None)
-    return _compared(stage, asked, asked.but(members=asked.members[::-1], weights=asked.weights[::-1]), 1.0)
+    return asked, asked.but(members=asked.members[::-1], weights=asked.weights[::-1])
 
 
 def _compared(stage: Stage, asked: Combination, other: Combination, factor: float) -> Measurement:
@@ -244,7 +277,7 @@ def additive(stage: Stage) -> Measurement | None:
     if asked is None or len(asked.members) < 2 or combining.promise(stage, asked) is Promise.UNSPECIFIED:
         return None
     asked = asked.having(svd_clamp=None)
-    part = asked.but(members=asked.members[:-1], weights=asked.weights[:-1])
+    part, rest = in_two_steps(asked)
     if asked.kind.rank == "chosen":
         for step in (part, asked):
             targets = [combining.total(stage, step, layer)["weight"] for layer in combining.layers(stage, step)]
@@ -252,7 +285,13 @@ def additive(stage: Stage) -> Measurement | None:
                 return None
     first = combining.combine(stage, part, "part")
     last = stage.names[asked.members[-1]]
-    name = combining.combine(stage, asked.but(members=(0, 0), weights=(1.0, asked.weights[-1])), "whole", (first, last))
+    name = combining.combine(stage, rest, "whole", (first, last))
     whole = combining.snapshot(stage, name)
     stage.put_back()  # a diagnosis combines anew
     return _against_sum(stage, asked, whole, part)
+
+
+def in_two_steps(asked: Combination) -> tuple[Combination, Combination]:
+    """Return the combination of all but the last, and that of its result with the last (whose members mean nothing)."""
+    part = asked.but(members=asked.members[:-1], weights=asked.weights[:-1])
+    return part, asked.but(members=(0, 0), weights=(1.0, asked.weights[-1]))

@@ -34,7 +34,7 @@ def refuses(stage: Stage) -> Measurement | None:
         request = "no delta"
     if asked is None or request is None:
         return None
-    call = _impossible(stage, asked, request)
+    call = impossible(stage, asked, request)
     if call is None:
         return None
     names, weights, kind, into, options = call
@@ -78,7 +78,7 @@ def _half_made(stage: Stage, into: str, owned) -> bool:
     return into in stage.attached.adapters() or bool(stage.attached.adapter_tensors(into))
 
 
-def _impossible(stage: Stage, asked: Combination, request: str):
+def impossible(stage: Stage, asked: Combination, request: str):
     """Return names, weights, kind, target and options of the request, or None where it would mean something."""
     names, weights, options = [stage.names[i] for i in asked.members], list(asked.weights), dict(asked.options)
     kind, into = asked.name, INTO

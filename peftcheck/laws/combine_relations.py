@@ -178,26 +178,34 @@ def agree(stage: Stage, asked: Combination, layer: str, one: Change, other: Chan
     values, and elementwise only where nothing is cut off.
     """
     due = {name: factor * form.value for name, form in other.items()}
+    allowed = allowance(stage, asked, layer, factor)
+    if isinstance(allowed, dict):
+        return elementwise(layer, one, due, allowed)
+    bound, whole = allowed
+    found, expected = one["weight"].value, due["weight"]
+    measured = [normwise(f"{layer}:weight", _spectrum(found), _spectrum(expected), bound)]
+    if whole:
+        measured.append(normwise(f"{layer}:weight", found, expected, bound))
+    return measured
+
+
+def allowance(stage: Stage, asked: Combination, layer: str, factor: float = 1.0) -> dict[str, Tensor] | tuple[float, bool]:
+    """Return how far two such adapters may be apart: by element, or by norm and whether nothing is cut off."""
     if stage.formula.delta is None or asked.kind.rank == "sum":
         limit = combining.exact_bound(stage, asked, layer)
-        return elementwise(layer, one, due, {name: (1 + factor) * value for name, value in limit.items()})
+        return {name: (1 + factor) * value for name, value in limit.items()}
     sites, weights = combining.sources(stage, asked, layer)
     sites = [combining.ungrouped(site) for site in sites]
     if asked.kind.rank != "chosen":
         scales = [scale(site.adapter) for site in sites]
         rule = budgets.factorwise(stage.machine, stage.formula, scales, sites, weights, asked.density)
-        return elementwise(layer, one, due, {name: (1 + factor) * value for name, value in rule.items()})
+        return {name: (1 + factor) * value for name, value in rule.items()}
     known = asked.kind.prunes != "random" or asked.density >= 1
     target = combining.ideal(stage, asked, layer)["weight"] if known else combining.total(stage, asked, layer)["weight"]
     if not known:  # dropping rescales: no element grows beyond this
         target = replace(target, value=target.value / asked.density, error=None)
     target = replace(target, value=factor * target.value, error=target.bound * factor)
-    bound = 2 * budgets.truncation(stage.machine, target, 0.0)
-    found, expected = one["weight"].value, due["weight"]
-    measured = [normwise(f"{layer}:weight", _spectrum(found), _spectrum(expected), bound)]
-    if known and combining.untruncated(stage, asked, target):
-        measured.append(normwise(f"{layer}:weight", found, expected, bound))
-    return measured
+    return 2 * budgets.truncation(stage.machine, target, 0.0), known and combining.untruncated(stage, asked, target)
 
 
 def _spectrum(delta: Tensor) -> Tensor:

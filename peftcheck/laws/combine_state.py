@@ -126,7 +126,7 @@ def rank(stage: Stage) -> Measurement | None:
     alone = " of one adapter" if len(asked.members) == 1 else ""
     for layer in sorted(wanted):
         declared = made.adapters[layer].rank
-        due = _fitting(stage, asked, layer, declared)
+        due = fitting(stage, asked, layer, declared)
         if declared != due:
             return broken("model:rank", f"rank{alone}", f"rank {declared} where {due} was asked for")
         site = combining.combined(stage, made, layer)
@@ -140,7 +140,7 @@ def rank(stage: Stage) -> Measurement | None:
     return NOTHING
 
 
-def _fitting(stage: Stage, asked: Combination, layer: str, declared: int) -> int:
+def fitting(stage: Stage, asked: Combination, layer: str, declared: int) -> int:
     """Return the declared rank if it is one that was asked for, else the one that was.
 
     Stacked factors may be as many as there are members on the layer, or as all members (zeros in between); of a
@@ -234,7 +234,7 @@ def merge(stage: Stage) -> Measurement | None:
         return None
     read_all(stage, asked)
     made = combining.made(stage, asked)
-    forms = {layer: _merged(stage, made, layer) for layer in combining.layers(stage, asked)}
+    forms = {layer: merged_form(stage, made, layer) for layer in combining.layers(stage, asked)}
     if not all(stage.sound(*forms_.values()) for forms_ in forms.values()):
         return None
     name = combining.combine(stage, asked)
@@ -248,7 +248,7 @@ def merge(stage: Stage) -> Measurement | None:
     ])  # fmt: skip
 
 
-def _merged(stage: Stage, made: Combined, layer: str) -> Base:
+def merged_form(stage: Stage, made: Combined, layer: str) -> Base:
     """Return the closed form of the merge, in the dtype that the combined adapter is stored in."""
     stored = next(iter(made.tensors[layer].values())).dtype
     m = machine(stage.machine.base.store.dtype, stored, stage.machine.exact)
@@ -273,20 +273,11 @@ def activated(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or stage.formula.delta is None or len(set(asked.members)) < len(asked.members):
         return None
-    order = sorted(zip(asked.members, asked.weights, strict=True))
+    order, forms = activation(stage, asked)
     for index, weight in order:
         stage.attached.rescale(stage.names[index], weight)
     chosen = tuple(stage.names[index] for index, _ in order)
     stage.attached.activate(chosen)
-    forms = {}
-    for layer in combining.layers(stage, asked):
-        sites = [
-            replace(site, adapter=replace(site.adapter, alpha=site.adapter.alpha * weight))
-            for index, weight in order
-            if index in stage.adapters_on(layer)
-            for site in [stage.site(index, layer)]
-        ]
-        forms[layer] = stage.merge_of(sites, stage.base(layer))
     if not all(stage.sound(*forms_.values()) for forms_ in forms.values()):
         return None
     stage.attached.merge(chosen, safe=stage.case.safe)
@@ -296,3 +287,18 @@ def activated(stage: Stage) -> Measurement | None:
         for layer, layer_forms in forms.items()
         for key, form in layer_forms.items()
     ])  # fmt: skip
+
+
+def activation(stage: Stage, asked: Combination) -> tuple[list[tuple[int, float]], dict[str, Base]]:
+    """Return members and weights in the order in which they are merged, and the closed form of that on each layer."""
+    order = sorted(zip(asked.members, asked.weights, strict=True))
+    forms = {}
+    for layer in combining.layers(stage, asked):
+        sites = [
+            replace(site, adapter=replace(site.adapter, alpha=site.adapter.alpha * weight))
+            for index, weight in order
+            if index in stage.adapters_on(layer)
+            for site in [stage.site(index, layer)]
+        ]
+        forms[layer] = stage.merge_of(sites, stage.base(layer))
+    return order, forms

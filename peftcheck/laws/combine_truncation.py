@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -152,22 +153,29 @@ def _in_single(stage: Stage, asked: Combination, layer: str, value: Tensor, targ
     return float(torch.linalg.vector_norm(value - target.value)) <= least + 2 * doubt + 2.0**-22 * size
 
 
-def _dropped(stage: Stage, asked: Combination, layer: str, value: Tensor) -> Measurement:
-    """Compare every element with the nearest of the 2^n values that dropping can leave there."""
+def outcomes(stage: Stage, asked: Combination, layer: str) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the 2^n weights that dropping may leave, each with its bound: an element may be that of any of them."""
     _, weights = combining.sources(stage, asked, layer)
     changes = [one["weight"] for one in combining.changes(stage, asked, layer)]
     method = asked.options.get("majority_sign_method", "total")
     total = combining.total(stage, asked, layer)["weight"]
     spread = replace(total, value=total.value.abs() / asked.density)
-    room = combining.truncated_bound(stage, asked.having(svd_rank=max(value.shape)), spread) if asked.kind.rank == "chosen" else 0.0
+    room = combining.truncated_bound(stage, asked.having(svd_rank=max(total.value.shape)), spread) if asked.kind.rank == "chosen" else 0.0
+    for _, candidate in drops(stage.machine.adapter, asked.kind, changes, weights, asked.density, method):
+        yield candidate.value, candidate.bound + room
+
+
+def _dropped(stage: Stage, asked: Combination, layer: str, value: Tensor) -> Measurement:
+    """Compare every element with the nearest of the 2^n values that dropping can leave there."""
+    _, weights = combining.sources(stage, asked, layer)
+    changes = [one["weight"] for one in combining.changes(stage, asked, layer)]
     best = torch.full_like(value, math.inf)
     nearest, allowed = torch.zeros_like(value), torch.ones_like(value)
-    for _, candidate in drops(stage.machine.adapter, asked.kind, changes, weights, asked.density, method):
-        bound = candidate.bound + room
-        ratio = (value - candidate.value).abs() / bound.clamp_min(torch.finfo(torch.float64).tiny)
+    for candidate, bound in outcomes(stage, asked, layer):
+        ratio = (value - candidate).abs() / bound.clamp_min(torch.finfo(torch.float64).tiny)
         closer = ratio < best
         best = torch.where(closer, ratio, best)
-        nearest = torch.where(closer, candidate.value, nearest)
+        nearest = torch.where(closer, candidate, nearest)
         allowed = torch.where(closer, bound, allowed)
     one = compare(f"{layer}:weight", value, nearest, allowed)
     if not one.holds and stage.machine.adapter.store.dtype == torch.float64 and asked.kind.rank == "chosen":
@@ -234,10 +242,14 @@ def density_one(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or asked.name not in DENSE or DENSE[asked.name] not in stage.variant.combinations:
         return None
+    return _same(stage, *with_dense(asked))
+
+
+def with_dense(asked: Combination) -> tuple[Combination, Combination]:
+    """Return the combination at density 1, and by the kind without pruning."""
     asked = asked.dense().having(svd_clamp=None)
     other = asked.of(DENSE[asked.name])
-    other = other.dense() if other.kind.prunes else other.having(density=None)
-    return _same(stage, asked, other)
+    return asked, other.dense() if other.kind.prunes else other.having(density=None)
 
 
 @combining_law(
@@ -253,9 +265,14 @@ def clamp(stage: Stage) -> Measurement | None:
     asked = asked_of(stage)
     if asked is None or asked.kind.rank != "chosen" or len(asked.members) < 2:
         return None
-    asked = asked.dense()
-    one = _same(stage, asked.having(svd_clamp=1.0), asked.having(svd_clamp=None))
+    one = _same(stage, *clamped(asked))
     return one if one.holds else replace(one, symptom="clamped", note=f"the threshold is not that of the magnitudes; {one.note}")
+
+
+def clamped(asked: Combination) -> tuple[Combination, Combination]:
+    """Return the combination with the threshold at the largest value, and without one."""
+    asked = asked.dense()
+    return asked.having(svd_clamp=1.0), asked.having(svd_clamp=None)
 
 
 def _same(stage: Stage, asked: Combination, other: Combination) -> Measurement:

@@ -6,7 +6,7 @@ from functools import partial
 
 from peftcheck.implementation import Inverts
 from peftcheck.laws.train_modes import mixed_rows
-from peftcheck.repro import keeping, merging, paths, refusing, sequencing, training
+from peftcheck.repro import combining, keeping, merging, paths, refusing, sequencing, training
 from peftcheck.repro.model import indented
 from peftcheck.repro.scene import Body, Scene
 
@@ -51,6 +51,7 @@ BODIES: dict[str, Body] = {
     "refuse.mixed_batch": training.refused_mixed,
     "refuse.unload": refusing.unload_after_refusal,
     **{name: partial(sequencing.body, law=name) for name in sequencing.LAWS},
+    **combining.BODIES,
 }
 
 
@@ -60,6 +61,8 @@ def steps(scene: Scene, law: str) -> list[str] | None:
     runs = [scene.runs(name) for name in stage.targeted]
     if law in sequencing.LAWS:
         return sequencing.crash(scene, law)
+    if law in combining.BODIES:
+        return combining.crash(scene, law)
     if law == "forward.oracle":
         return runs
     if law in ("safe_merge.rejects", "safe_merge.atomic", "safe_merge.names", "safe_merge.all_or_nothing"):

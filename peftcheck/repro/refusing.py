@@ -15,10 +15,11 @@ from peftcheck.repro.scene import Scene, compared
 from peftcheck.rounding import judged
 from peftcheck.spelling import text
 
-_WRITTEN = "bits = lambda: {%s}"  # every base tensor by name, cloned
+_WRITTEN = "bits = lambda: {%s}"
 
 
-def _clones(scene: Scene) -> str:
+def clones(scene: Scene) -> str:
+    """Return the line that makes `bits`: a clone of every base tensor, by name."""
     keys = [(spec.name, key) for spec in scene.stage.case.layers for key in scene.stage.base(spec.name)]
     items = (f"{text(f'{name}.{key}')}: {scene.say.base(name, key)}.detach().clone()" for name, key in keys)
     return _WRITTEN % ", ".join(items)
@@ -72,7 +73,7 @@ def _half_done(scene: Scene, adapters: Sequence[str], sites: Sequence[str]) -> l
     marked = ", ".join(f"{text(name)}: {scene.say.merged(name)}" for name in sites)
     kept = " or ".join(f"name.startswith({text(name + '.')})" for name in sites)
     return [
-        _clones(scene),
+        clones(scene),
         "before = bits()",
         "try:",
         f"    {scene.say.merge(adapters, True)}",
@@ -200,7 +201,7 @@ def refused_merge(scene: Scene) -> list[str]:
         "wrong = wrong or any(not torch.equal(before[name], tensor) for name, tensor in bits().items())",
         f"wrong = wrong or bool({scene.say.merged(scene.stage.targeted[0])})",
     ]
-    head = [_clones(scene), "before, wrong = bits(), False", "for safe in (False, True):"]
+    head = [clones(scene), "before, wrong = bits(), False", "for safe in (False, True):"]
     return [
         *head,
         *indented(each),

@@ -63,6 +63,14 @@ class Scene:
         mask = f", attn_mask=torch.ones({targets}, {sources}).triu(1).bool()" if spec.causal else ""
         return f"{self.say.layer(name)}(*({apart}){mask})[0]"
 
+    def run(self) -> str:
+        """Return the line that makes `run`: every layer, or the whole model, on its input."""
+        if self.stage.case.whole:
+            arguments = ", ".join(literal(x) for x in self.stage.arguments)
+            return f"run = lambda: [y for y in model({arguments}).values() if isinstance(y, torch.Tensor)]"
+        calls = ", ".join(self.runs(spec.name) for spec in self.stage.case.layers)
+        return f"run = lambda: [{calls}]"
+
 
 Body = Callable[[Scene], list[str] | None]
 

@@ -95,12 +95,7 @@ def _prelude(scene: Scene, play: Play) -> list[str]:
     if play.refused:
         lines.append("import contextlib")
     if {"forward", "train"} & kinds:
-        if scene.stage.case.whole:
-            arguments = ", ".join(literal(x) for x in scene.stage.arguments)
-            lines.append(f"run = lambda: [y for y in model({arguments}).values() if isinstance(y, torch.Tensor)]")
-        else:
-            calls = ", ".join(scene.runs(spec.name) for spec in scene.stage.case.layers)
-            lines.append(f"run = lambda: [{calls}]")
+        lines.append(scene.run())
     if "train" in kinds:
         lines += [*_TRAIN, f"    model.train({scene.stage.case.train})"]
     return lines

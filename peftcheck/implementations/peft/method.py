@@ -44,7 +44,8 @@ class Method:
     `layer` defines, in a script, how its layers are called then. `mixed`: the adapters are of several types.
     `attach` makes PEFT's model of the user's with the first adapter, where `get_peft_model` alone does not; `own` yields
     a layer's tensors of an adapter as (role, tensor), where they are not all kept under the adapter's name; `scripted`
-    returns the imports and the lines with which a script does what `attach` does.
+    returns the imports and the lines with which a script does what `attach` does; `finished(case, adapter)` the name that
+    a script imports from PEFT, and the line with which it does what `after` does, to tensors that it then writes.
     """
 
     variant: Variant
@@ -58,6 +59,7 @@ class Method:
     mixed: bool = False
     attach: Callable[[nn.Module, Any, AdapterSpec, bool, bool], PeftModel] = _attach
     scripted: Callable[[Any, AdapterSpec], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
+    finished: Callable[[Case, AdapterSpec], tuple[str, str]] | None = None
     own: Callable[[BaseTunerLayer, str], Iterator[tuple[str, Tensor]]] | None = None
 
 

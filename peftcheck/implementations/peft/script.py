@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from enum import Enum
+from functools import partial
 from typing import Any
 
 import peft
@@ -35,15 +36,18 @@ def spelling(case: Case, method: Method) -> Spelling:
     mixed = ", mixed=True" if method.mixed else ""
     by_name = {adapter.name: config for adapter, config in zip(case.adapters, configs, strict=True)}
     first, *others = zip(case.adapters, configs, strict=True)
+    finished = {a.name: [method.finished(case, a)[1]] for a in case.adapters} if method.finished else {}
     attach = [f"model = get_peft_model(model, {source(first[1])}, {text(first[0].name)}{cast}{mixed})"]
-    attach += [
-        f"model.add_adapter({text(adapter.name)}, {source(config)}{cast})" for adapter, config in others
-    ]
+    attach += finished.get(first[0].name, [])
+    for adapter, config in others:
+        attach += [f"model.add_adapter({text(adapter.name)}, {source(config)}{cast})", *finished.get(adapter.name, [])]
     if others:
         attach.append(f"model.base_model.set_adapter({_list([adapter.name for adapter in case.adapters])})")
     mode = "train" if case.train else "eval"
-    attach = [*attach, f"model.{mode}()"] if others else [f"{attach[0]}.{mode}()"]
+    attach = [*attach, f"model.{mode}()"] if len(attach) > 1 else [f"{attach[0]}.{mode}()"]
     imports = _imports(configs)
+    if method.finished:
+        imports = (f"{imports[0]}, {method.finished(case, first[0])[0]}", *imports[1:])
     if method.scripted:
         imports, lines = method.scripted(configs[0], case.adapters[0])
         attach = [*lines, f"model.{mode}()"]
@@ -68,7 +72,20 @@ def spelling(case: Case, method: Method) -> Spelling:
         activate=lambda own: f"model.base_model.set_adapter({_list(own)})",
         rescale=lambda own, factor: f'[m.set_scale({text(own)}, {factor}) for m in model.modules() if hasattr(m, "set_scale")]',
         add=lambda own: f"model.add_adapter({text(own)}, {source(by_name[own])}{cast})",
+        combine=partial(_combined, isinstance(configs[0], peft.IA3Config)) if method.variant.combinations else None,
+        gain=lambda name, adapter: f"model.get_submodule({text(f'base_model.model.{name}')}).scaling[{adapter}]",
+        rank=lambda name, adapter: f"model.peft_config[{adapter}].r",
+        holds=lambda own: f"{text(own)} in model.peft_config",
     )
+
+
+def _combined(
+    only: bool, own: Sequence[str], weights: Sequence[float], kind: str, into: str, options: Mapping[str, Any]
+) -> str:
+    """Return the call that combines; where there is one kind only it is not named."""
+    given = options if only else {"combination_type": kind, **options}
+    named = "".join(f", {name}={source(value)}" for name, value in given.items())
+    return f"model.add_weighted_adapter({_list(own)}, {list(weights)}, {text(into)}{named})"
 
 
 def _called(method: Method, case: Case) -> tuple[str, ...]:

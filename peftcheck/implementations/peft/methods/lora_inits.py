@@ -18,10 +18,11 @@ from torch import Tensor, nn
 from peftcheck import models, values
 from peftcheck.case import EMBEDDINGS, AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Variant
-from peftcheck.implementations.peft.method import Method, Step
+from peftcheck.implementations.peft.method import Method
 from peftcheck.implementations.peft.methods.combinations import STARTS
 from peftcheck.implementations.peft.methods.lora import LAYERS, ROLES, claim, configured, no_wider
 from peftcheck.rounding import DTYPES
+from peftcheck.spelling import text
 
 _SAMPLES = 32
 BOTH = frozenset({"linear", "conv1d-transformers"})
@@ -62,6 +63,14 @@ def _eva(model: nn.Module, config: Any, adapter: str, case: Case) -> None:
     model.base_model.set_adapter(active)
 
 
+def _eva_finished(case: Case, adapter: AdapterSpec) -> tuple[str, str]:
+    """Return how a script goes EVA's way without data: with components of its own, over which it then writes."""
+    specs = [(case.layers[target], adapter.at(target).rank) for target in adapter.targets]
+    components = ", ".join(f"{text(f'base_model.model.{spec.name}')}: torch.ones({rank}, {spec.n_in})" for spec, rank in specs)
+    given = f"eva_state_dict={{{components}}}, adapter_name={text(adapter.name)}"
+    return "initialize_lora_eva_weights", f"initialize_lora_eva_weights(model, {given})"
+
+
 def _corda(model: nn.Module, config: Any, adapter: str, case: Case) -> None:
     """Give CorDA activations, from which it takes each layer's covariance."""
     preprocess_corda(model, config, run_model=lambda: model(*calibration(case)))
@@ -81,7 +90,7 @@ def no_wider_in(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bool
 
 def _start(name: str, layers: frozenset[str], config: Callable, fit: Callable, **given: Any) -> Method:
     """Return a LoRA that starts otherwise; `unasked` are the kinds on which its arithmetic is LoRA's as well."""
-    steps: dict[str, Step] = {key: given.pop(key) for key in ("before", "after") if key in given}
+    steps: dict[str, Any] = {key: given.pop(key) for key in ("before", "after", "finished") if key in given}
     variant = Variant(
         name,
         "lora",
@@ -110,6 +119,7 @@ METHODS = (
         no_wider_in,
         unasked=_IGNORED,
         after=_eva,
+        finished=_eva_finished,
         combinations=STARTS,
     ),
     _start(

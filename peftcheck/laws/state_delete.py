@@ -13,6 +13,7 @@ from peftcheck.implementation import Combines, Op
 from peftcheck.law import law
 from peftcheck.laws.state import outputs, own_tensors, same_outputs, same_tensors, snapshot, unchanged
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
+from peftcheck.oracle import Family
 from peftcheck.stage import Stage
 
 Tensors = dict[tuple[str, str], Tensor]
@@ -35,6 +36,8 @@ def delete(stage: Stage) -> Measurement | None:
     victim = stage.names[stage.case.poison.adapter % len(stage.names)]
     others = tuple(name for name in stage.names if name != victim)
     kept = snapshot(stage, stage.attached, (victim,)).adapters[victim]
+    if _compared(stage, victim) != stage.names:
+        stage.attached.activate(_compared(stage, victim))
     first = outputs(stage, stage.attached)
     due = _without(stage, others)
     if others:
@@ -50,6 +53,15 @@ def delete(stage: Stage) -> Measurement | None:
     if worst(found).holds:
         found.append(_anew(stage, victim, others, kept, first))
     return worst([*found, runs])
+
+
+def _compared(stage: Stage, victim: str) -> tuple[str, ...]:
+    """Return the adapters that run when what is added again is compared with what was deleted.
+
+    Of several methods each adapts what the ones before it made of the layer. One that is added again comes last, which
+    is another function of all of them: there it runs alone.
+    """
+    return (victim,) if stage.formula.family is Family.MIXED else stage.names
 
 
 def _without(stage: Stage, others: Sequence[str]) -> tuple[Tensor, ...] | None:
@@ -113,7 +125,7 @@ def _anew(
     with torch.no_grad():
         for key, old in kept.items():
             new[key].copy_(old)
-    stage.attached.activate(stage.names)
+    stage.attached.activate(_compared(stage, victim))
     runs = same_outputs(stage, stage.attached, first, "of an adapter added again")
     if not runs.holds:
         stage.attached.train(stage.case.train)

@@ -99,6 +99,9 @@ def live_gradients(stage: Stage) -> Measurement | None:
         return None
     if not forward_holds(stage):
         return NOTHING
+    roles = {role for name in stage.names for _, role in stage.attached.adapter_tensors(name)}
+    if all(stage.formula.hints.get(role) == "keep" for role in roles):
+        return None  # a bias path alone, on layers without bias: nothing but zeros, which are no values to train
     start_fresh(stage)
     stage.attached.train(drops(stage) == 0)
     data = feeds(stage)

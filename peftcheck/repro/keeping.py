@@ -81,17 +81,20 @@ def reload(scene: Scene) -> list[str] | None:
 
 
 def delete(scene: Scene) -> list[str] | None:
-    """Delete the adapter that the case names, and run the model."""
+    """Delete the adapter that the case names, active or not as in the law, and run the layers."""
     symptom = scene.measured.symptom
-    if scene.say.delete is None or not symptom.startswith("crash"):
+    if scene.say.delete is None or symptom not in ("crash after deleting an adapter", "crash without adapters"):
         return None
     stage = scene.stage
     victim = stage.names[stage.case.poison.adapter % len(stage.names)]
-    inputs = ", ".join(scene.takes(spec.name) for spec in stage.case.layers)
+    others = [name for name in stage.names if name != victim]
+    if others and not stage.case.joint and scene.say.activate is None:
+        return None
     return [
+        *([scene.say.activate(others)] if others and not stage.case.joint else []),
         scene.say.delete(victim),
         "try:",
-        f"    model({inputs})",
+        *(f"    {scene.runs(spec.name)}" for spec in stage.case.layers),
         "except Exception as error:",
         '    print("found:", type(error).__name__, error)',
         '    print("expected: the outputs of what is left")',

@@ -71,7 +71,7 @@ def main() -> int:
     for law, found in failed.items():
         for outcome, case in found[:3]:
             print(f"{law}: {outcome.message} on {case.words()}\n  {encode(case, law)}")
-    return 1 if failed else 3 if vacuous else 0
+    return 1 if any(failed.values()) else 3 if vacuous else 0
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from peftcheck.implementations.reference import Reference
 from peftcheck.law import laws
 from peftcheck.laws.state_tied import TIED, tied_case
 from peftcheck.models import build
+from peftcheck.outcome import PASS
 from peftcheck.stage import set_up
 
 REFERENCE = Reference()
@@ -166,3 +167,15 @@ def test_a_known_defect_of_the_library_shows_in_a_short_script(law: str, tmp_pat
     done = subprocess.run([sys.executable, tmp_path / "script.py"], capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr
     assert "found:" in done.stdout
+
+
+def test_an_adapter_added_again_beside_one_of_another_method_is_compared_alone() -> None:
+    """LoRA before OFT is another function than LoRA after it, which is where an adapter that is added again comes."""
+    peft = pytest.importorskip("peftcheck.implementations.peft").Peft()
+    sweep, found = Sweep("peft", "mixed.lora-oft", "linear", "float32"), []
+    for index in range(30):
+        case = generator.draw(peft.variants()[sweep.variant], sweep, 3, index)
+        if case.profile == "normal" and len(case.adapters) == 2 and case.adapters[0].targets == case.adapters[1].targets:
+            found += engine.check(peft, replace(case, poison=replace(case.poison, adapter=0)), laws("state.delete"))
+    assert found
+    assert {outcome.status for outcome in found} == {PASS}

@@ -17,7 +17,7 @@ from peftcheck.faults.fault import Faulty, replacing
 from peftcheck.implementations.hooks import Hooks
 from peftcheck.implementations.reference import Reference
 from peftcheck.law import laws
-from peftcheck.outcome import PASS
+from peftcheck.outcome import PASS, SKIP
 from peftcheck.stage import set_up
 from peftcheck.training import feeds, matters, start_fresh
 
@@ -147,3 +147,16 @@ def test_mixed_rows_come_back_to_the_first_adapter_and_pass_the_base() -> None:
     fault = replace(BY_NAME["mixed.first-row"], attach=replacing(forward=swapped))
     (result,) = kill_matrix(REFERENCE, [fault], laws("train.mixed_batch"), cases=3)
     assert result.laws == ("train.mixed_batch",)
+
+
+def test_an_adapter_without_values_has_nothing_to_train_and_one_that_is_frozen_throughout_is_told() -> None:
+    """GLoRA's bias path on a layer without bias holds zeros alone; what holds factors must train some of them."""
+    peft = pytest.importorskip("peftcheck.implementations.peft").Peft()
+    drawings = [case for case in (drawn("glora.bias", i, library=peft) for i in range(60)) if case.profile == "normal"]
+    glora = next(case for case in drawings if not any(spec.bias for spec in case.layers))
+    (outcome,) = engine.check(peft, glora, laws("train.live_gradients"))
+    assert outcome.status == SKIP
+    frozen = replace(BY_NAME["hooked.gates-dead"], attach=replacing(trainable=lambda port, adapter: frozenset()))
+    case = next(c for c in (drawn("lora", i) for i in range(40)) if c.profile == "normal")
+    (outcome,) = engine.check(Faulty(REFERENCE, frozen), case, laws("train.live_gradients"))
+    assert outcome.measurement.symptom == "untrained"

@@ -6,7 +6,7 @@ import torch
 
 from peftcheck import checkpoint
 from peftcheck.implementation import stored
-from peftcheck.repro.model import indented
+from peftcheck.repro.model import indented, literal
 from peftcheck.repro.scene import Scene, named
 from peftcheck.spelling import text
 
@@ -81,7 +81,7 @@ def reload(scene: Scene) -> list[str] | None:
 
 
 def delete(scene: Scene) -> list[str] | None:
-    """Delete the adapter that the case names, active or not as in the law, and run the layers."""
+    """Delete the adapter that the case names, active or not as in the law, and run the model: what the library wraps around it too."""
     symptom = scene.measured.symptom
     if scene.say.delete is None or symptom not in ("crash after deleting an adapter", "crash without adapters"):
         return None
@@ -90,11 +90,16 @@ def delete(scene: Scene) -> list[str] | None:
     others = [name for name in stage.names if name != victim]
     if others and not stage.case.joint and scene.say.activate is None:
         return None
+    if stage.case.whole:
+        runs = [f"model({', '.join(map(literal, stage.arguments))})"]
+    else:
+        calls = ", ".join(scene.runs(spec.name) for spec in stage.case.layers)
+        runs = [f"nn.ModuleDict.forward = lambda self, _: [{calls}]", "model(None)"]
     return [
         *([scene.say.activate(others)] if others and not stage.case.joint else []),
         scene.say.delete(victim),
         "try:",
-        *(f"    {scene.runs(spec.name)}" for spec in stage.case.layers),
+        *indented(runs),
         "except Exception as error:",
         '    print("found:", type(error).__name__, error)',
         '    print("expected: the outputs of what is left")',

@@ -93,7 +93,9 @@ def refusable(stage: Stage, sites: Mapping[str, Sequence[Site]] | None = None) -
     if isinstance(tensors, Measurement):
         return False  # for the law to tell
     for name in stage.targeted:
-        base = {key: leaf(tensors[f"{name}.{key}"], stage.machine.exact) for key in stage.base(name)}
+        held = {key: tensors.get(f"{name}.{key}") for key in stage.base(name)}  # a merge may have dropped the bias
+        now = {key: leaf(tensor, stage.machine.exact) for key, tensor in held.items() if tensor is not None}
+        base = {**stage.base(name), **now}
         own = stage.sites(name) if sites is None else sites[name]
         made = (stage.merge_of(own[: count + 1], base) for count in range(len(own)))
         if not all(within(stage, forms) for forms in made):

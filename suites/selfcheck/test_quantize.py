@@ -419,3 +419,11 @@ def test_laws_that_merely_merge_leave_a_right_refusal_to_the_law_of_refusals(pef
     merges = {"merge_budget", "roundtrip_budget", "drift", "effect", "warns", "state_kept", "after_forward"}
     assert {law for law, alpha in speaks if alpha == 1.0} >= {f"quantize.{name}" for name in merges}
     assert not {law for law, alpha in speaks if alpha != 1.0} & {f"quantize.{name}" for name in merges}
+
+
+def test_a_safe_drift_goes_on_where_the_first_merge_drops_the_bias(peft) -> None:
+    pytest.importorskip("hqq")
+    case = replace(case_of(peft, "vera", "hqq.4"), safe=True, cycles=3)
+    case = replace(case, layers=tuple(replace(spec, bias=True) for spec in case.layers))
+    outcomes = engine.check(peft, case, [*laws("quantize.drift"), *laws("quantize.effect")])
+    assert not any(outcome.failed for outcome in outcomes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -65,22 +65,35 @@ def tied(stage: Stage) -> Measurement | None:
 
 def _merged(stage: Stage, pairs: Pairs) -> list[Measurement]:
     """Merge, unmerge, export: each keeps the pairs together."""
-    try:
-        merge_all(stage)
-    except Exception as error:
-        if not refusal.is_refusal(error, stage.implementation):
-            raise
-        return [
-            identical(key, tensor, stage.start[key], "written by a refused merge")
-            for key, tensor in stage.attached.base_tensors().items()
-        ]
+    refused = _refused(stage, lambda: merge_all(stage))
+    if refused is not None:
+        return refused
     found = [_shared(stage, pairs, "merging"), *(_computes(stage, *pair) for pair in pairs)]
     if stage.can(Op.UNMERGE) and stage.variant.inverts is not Inverts.NEVER:
         stage.attached.unmerge()
         found.append(_shared(stage, pairs, "unmerging"))
         if stage.can(Op.EXPORT) and worst(found).holds:
-            found.append(_exported(stage.attached.merge_and_unload(safe=stage.case.safe, adapters=stage.names), pairs))
+            exported: list[nn.Module] = []
+
+            def export() -> None:
+                exported.append(stage.attached.merge_and_unload(safe=stage.case.safe, adapters=stage.names))
+
+            # what a round trip left of a base near overflow may rightly be refused
+            found += _refused(stage, export) or [_exported(exported[0], pairs)]
     return found
+
+
+def _refused(stage: Stage, act: Callable[[], None]) -> list[Measurement] | None:
+    """Act; return whether a refusal left the base as it was, None where nothing was refused."""
+    before = {key: tensor.detach().clone() for key, tensor in stage.attached.base_tensors().items()}
+    try:
+        act()
+    except Exception as error:
+        if not refusal.is_refusal(error, stage.implementation):
+            raise
+        now = stage.attached.base_tensors()
+        return [identical(key, now[key], tensor, "written by a refused merge") for key, tensor in before.items()]
+    return None
 
 
 def _shared(stage: Stage, pairs: Pairs, after: str) -> Measurement:

@@ -179,3 +179,12 @@ def test_an_adapter_added_again_beside_one_of_another_method_is_compared_alone()
             found += engine.check(peft, replace(case, poison=replace(case.poison, adapter=0)), laws("state.delete"))
     assert found
     assert {outcome.status for outcome in found} == {PASS}
+
+
+def test_a_tied_weight_may_be_refused_where_a_round_trip_left_it_near_overflow() -> None:
+    """DoRA on a base near overflow, in bfloat16: after merge and unmerge another safe merge is rightly refused."""
+    case, law = decode(
+        "pc1.eNptUe1uwjAMfBf_zlA_AEFeBSFkGhciQlKlLh-bePfZZVRsmipF9vXOd3E20DMyzdiTA_MF6LBjyjvH947Awr4NCblcgnn96sFuhBe6I4JdzQoDEc9KvX2UwsoYT2AXBhjzgVjZxfZhJkX1W1FMkuqPZGtgj9wcpaulbu5NoH6c7KOjG1iZE_D-CuR8QPYpSlMa-URyohwpjED1BEQptk2Kl1puC3Hn42gcd2lgsPMpmaMWh8DC6dA5Hw-CXTB4VfX-k96G9py9U6AWoB5zd8n3mmRaJ9ilAQp0pqg25ep1V7C1lBT7JJy5JBGTQQOw5njIqJxaHxQJKlB7bKXlPJDUJK9my7KU8krUqeU_L-fP3dP7Z0OQqaVMsdF54w7ft3LB7FFzQkgZZ04OTTImk11X9aKa1-tisX5svwGku7OR"
+    )
+    (outcome,) = engine.check(REFERENCE, case, laws(law))
+    assert outcome.status == PASS

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -102,7 +103,7 @@ def compare(role: str, found: Tensor, expected: Tensor, budget: Tensor, document
         symptom,
         float(residual.reshape(-1)[at]),
         float(budget.reshape(-1)[at]),
-        tuple(int(i) for i in torch.unravel_index(torch.tensor(at), expected.shape)),
+        tuple(int(i) for i in np.unravel_index(at, tuple(expected.shape))),
         f"{value:.17g} where {float(expected.reshape(-1)[at]):.17g} is due",
     )
 

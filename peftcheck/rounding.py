@@ -111,7 +111,11 @@ class Bounded:
 
     def ceiling(self) -> Tensor:
         """Return `abs(value) + error`: no correct computation exceeds it."""
-        return self.value.abs() if self.error is None else self.value.abs() + self.error
+        known = self.__dict__.get("_ceiling")  # operations ask for it again and again
+        if known is None:
+            known = self.value.abs() if self.error is None else self.value.abs() + self.error
+            self.__dict__["_ceiling"] = known
+        return known
 
     def widened(self, extra: Tensor | float) -> Bounded:
         """Return the value with `extra` added to its bound."""
@@ -223,7 +227,7 @@ class Arithmetic:
         """Return x times a Python number, which the machine holds in fp64 or rounds to its accumulator."""
         if factor == 1.0:
             return x
-        held = factor if self.store.dtype == torch.float64 else float(torch.tensor(factor, dtype=torch.float32))
+        held = factor if self.store.dtype == torch.float64 else float(np.float32(factor))
         number = torch.tensor(factor, dtype=torch.float64)
         if held != factor:
             return self.mul(x, Bounded(number, torch.full_like(number, abs(held - factor))))

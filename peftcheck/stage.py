@@ -52,6 +52,7 @@ class Stage:
     _sites: dict[tuple[int, str], Site] = field(default_factory=dict)
     _stored: dict[str, Bounded] = field(default_factory=dict)
     _merged: dict[tuple, dict[str, Base]] = field(default_factory=dict)
+    _trips: dict[tuple, list[tuple[dict[str, Tensor], Base]]] = field(default_factory=dict)  # by how many were made
     _records: dict[str, Record] | Exception | None = None
     _effect: float | None = None
     written: Any = None  # the folder into which `checkpoint.saved` had the adapters saved, for the laws that read it
@@ -159,13 +160,15 @@ class Stage:
 
         Where that may be counts: a method whose factors depend on the weight starts each trip from other factors.
         """
-        sites, base = self.sites(name, adapters), self.base(name)
-        total: dict[str, Tensor] = {}
-        for _ in range(cycles):
+        sites = self.sites(name, adapters)
+        trips = self._trips.setdefault((name, tuple(site.adapter.name for site in sites)), [({}, self.base(name))])
+        while len(trips) <= cycles:
+            total, base = trips[-1]
             for tensor, moved in budgets.roundtrip(self.machine, self.formula, sites, base).items():
-                total[tensor] = total[tensor] + moved if tensor in total else moved
+                total = {**total, tensor: total[tensor] + moved if tensor in total else moved}
                 base = {**base, tensor: base[tensor].widened(moved)} if bool((moved > 0).any()) else base
-        return total
+            trips.append((total, base))
+        return dict(trips[cycles][0])
 
     def recovers(self, cycles: int) -> bool:
         """Return whether every merge of as many round trips stays clear of overflow, wherever they lead."""
@@ -380,6 +383,7 @@ def note_start(stage: Stage) -> None:
     stage._sites.clear()
     stage._stored.clear()
     stage._merged.clear()
+    stage._trips.clear()
     stage.remembered.clear()
 
 

@@ -78,6 +78,7 @@ _COMPILED = frozenset({"linear", "conv2d"})
     "abs(compiled adapted(x) - closed form(x)) <= running error bound, before and after the adapters were disabled",
     (Op.FORWARD,),
     "a trace that keeps the adapters, the scale or the merged state of its first call",
+    logic=True,
     sweeps=lambda sweep: sweep.dtype == "float32" and sweep.layer in _COMPILED,
 )
 def compiled(stage: Stage) -> Measurement | None:

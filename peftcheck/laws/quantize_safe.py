@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -43,7 +44,7 @@ def administer(stage: Stage) -> Poisoned | None:
         return None
     key = keys[poison.tensor % len(keys)]
     tensor, limit = tensors[key], _limit(stage)
-    at = torch.unravel_index(torch.tensor(poison.element % tensor.numel()), tensor.shape)
+    at = np.unravel_index(poison.element % tensor.numel(), tuple(tensor.shape))
     numbers = {"overflow": min(64 * limit, precision(tensor.dtype).largest * 0.9), "tame": 16.0}
     with torch.no_grad():
         tensor[tuple(at)] = numbers[poison.value] if poison.value in numbers else float(poison.value)

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from peftcheck import refusal
@@ -63,16 +64,23 @@ def administer(stage: Stage) -> Poisoned | None:
         return None
     key = keys[poison.tensor % len(keys)]
     tensor = tensors[key]
-    at = torch.unravel_index(torch.tensor(poison.element % tensor.numel()), tensor.shape)
+    at = np.unravel_index(poison.element % tensor.numel(), tuple(tensor.shape))
     with torch.no_grad():
         tensor[tuple(at)] = value_of(poison, stage, tensor.dtype)
+    if "poisoned" not in stage.remembered:  # the same in each law, which starts from the same tensors
+        stage.remembered["poisoned"] = _judged(stage, adapter, name, key[1], sites)
+    return stage.remembered["poisoned"]
+
+
+def _judged(stage: Stage, adapter: int, name: str, role: str, sites: Sequence[str]) -> Poisoned:
+    """Ask the oracle what the merge of the poisoned adapter has to be."""
     after = {k: t.detach().clone() for k, t in stage.attached.adapter_tensors(stage.names[adapter]).items()}
     # a projection that several sites share is poisoned at all of them
     poisoned = {site: [stage.site_of(adapter, site, after)] for site in sites}
     forms = {site: stage.merge_of(own, stage.base(site)) for site, own in poisoned.items()}
     refusing = [site for site, own in poisoned.items() if _must_refuse(stage, own, site)]
     verdict = "refuse" if refusing else _verdict(stage, forms)
-    return Poisoned(adapter, refusing[0] if refusing else name, key[1], verdict, forms)
+    return Poisoned(adapter, refusing[0] if refusing else name, role, verdict, forms)
 
 
 def _must_refuse(stage: Stage, sites: Sequence[Site], name: str) -> bool:

@@ -207,6 +207,7 @@ def _ledger(session: Session, plain: Sequence[dict[str, Any]]) -> tuple[LedgerRe
             str(entry.versions),
             tuple(witness.token for witness in entry.witnesses),
             tuple(cells.get(entry.id, ())),
+            entry.severity,
         )
         for entry in session.court.entries()
     )

@@ -104,7 +104,10 @@ class DefectRecord:
 
 @dataclass(frozen=True)
 class LedgerRecord:
-    """State one entry of the ledger and the verdict of its witness."""
+    """State one entry of the ledger and the verdict of its witness.
+
+    `severity` is what it does to a user, `url` where it is reported upstream (null: no report was found).
+    """
 
     id: str
     kind: str
@@ -115,6 +118,7 @@ class LedgerRecord:
     versions: str | None
     witness: tuple[str, ...]
     cells: tuple[str, ...]
+    severity: str | None = None
 
 
 @dataclass(frozen=True)

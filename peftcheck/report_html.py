@@ -93,7 +93,10 @@ def render(record: Record) -> str:
     """Return the page."""
     rows, laws, squares = summary.heat_map(record)
     found = summary.defects(record)
+    known = summary.known_issues(record)
     anchors = {defect.fingerprint: f"d{index}" for index, defect in enumerate(found, 1)}
+    for one in known:  # a symptom of a known issue leads to the issue
+        anchors |= {defect.fingerprint: anchors[one.defects[0].fingerprint] for defect in one.defects}
     groups = [(name, len(list(members))) for name, members in itertools.groupby(laws, key=_group)]
     script, style = (_templates().get_template(name).render() for name in ("report.js.j2", "report.css.j2"))
     page = (
@@ -106,7 +109,7 @@ def render(record: Record) -> str:
             totals=record.totals,
             shares=_shares(record),
             defects=[defect for defect in found if defect.status != "known"],
-            known=[defect for defect in found if defect.status == "known"],
+            known=known,
             anchors=anchors,
             rows=rows,
             laws=laws,

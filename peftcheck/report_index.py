@@ -18,7 +18,7 @@ _COLUMNS = (
     "library",
     "verdict",
     "cells run",
-    "distinct defects",
+    "new defects",
     "known issues",
     "unsupported",
     "absent",
@@ -59,7 +59,7 @@ def write(folder: str | Path) -> Path:
 def _row(path: Path, record: Record) -> str:
     totals = record.totals
     statuses = [defect.status for defect in summary.defects(record)]
-    known = statuses.count("known")
+    fresh = len(statuses) - statuses.count("known")
     links = ", ".join(
         f"[{suffix[1:]}]({quote(path.with_suffix(suffix).name)})"
         for suffix in FORMATS
@@ -68,8 +68,8 @@ def _row(path: Path, record: Record) -> str:
     name = markdown(f"{record.implementation.name} {record.implementation.version}")
     cells = (
         f"{totals['run']:,} of {totals['cells']:,}",
-        f"{len(statuses) - known:,}",
-        f"{known:,}",
+        f"{fresh:,}",
+        f"{len(summary.known_issues(record)):,}",
         f"{totals['unsupported']:,}",
         f"{totals['absent']:,}",
     )

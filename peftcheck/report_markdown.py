@@ -9,7 +9,7 @@ from collections.abc import Iterable
 
 from peftcheck import escape, report_combinations, report_quantized, summary
 from peftcheck.escape import code, markdown
-from peftcheck.record import DefectRecord, LedgerRecord, Record, Table
+from peftcheck.record import DefectRecord, LedgerRecord, Record, Table, severity
 from peftcheck.summary import count, number
 
 # GitHub refuses a comment of more than 65,536 characters.
@@ -39,22 +39,23 @@ def render(record: Record) -> str:
 def _parts(record: Record) -> Iterable[str]:
     found = summary.defects(record)
     fresh = [defect for defect in found if defect.status != "known"]
-    known = [defect for defect in found if defect.status == "known"]
+    known = summary.known_issues(record)
     if fresh:
         yield "### Distinct defects"
     yield from (_defect(index, defect) for index, defect in enumerate(fresh, 1))
     if known:
         yield "### Known issues\n\n" + _table(
-            ("law", "defect", "cells", "ratio", "issue"),
+            ("issue", "severity", "laws", "cells", "worst ratio", "reported"),
             (
                 (
-                    code(defect.law, True),
-                    _short(defect.headline),
-                    f"{len(defect.cells):,}",
-                    number(defect.ratio),
-                    _address(defect.issue),
+                    _short(one.name),
+                    _short((one.entry and one.entry.severity) or "–"),
+                    ", ".join(code(law, True) for law in one.places("law")[:3]) + _more(one.places("law")[3:]),
+                    f"{len(one.cells):,}",
+                    number(max((defect.ratio for defect in one.defects), key=severity)),
+                    _address(one.entry and one.entry.url) or "no report found",
                 )
-                for defect in known
+                for one in known
             ),
         )
     if record.cells:
@@ -227,6 +228,10 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
 
 def _address(url: str | None) -> str:
     return f"<{address}>" if (address := escape.link(url)) else markdown(url or "")
+
+
+def _more(names: tuple[str, ...]) -> str:
+    return f" and {len(names)} more" if names else ""
 
 
 def _short(text: object) -> str:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from peftcheck.record import NOT_RUN, STATUSES, CellRecord, DefectRecord, Record, severity
+from peftcheck.record import NOT_RUN, STATUSES, CellRecord, DefectRecord, LedgerRecord, Record, severity
 
 LAYERS = (
     "linear",
@@ -163,6 +163,36 @@ def defects(record: Record) -> list[DefectRecord]:
     )
 
 
+@dataclass(frozen=True)
+class Known:
+    """Hold a known issue: its name, its entry in the ledger, and the fingerprints that it absorbs, most cells first."""
+
+    name: str
+    entry: LedgerRecord | None
+    defects: tuple[DefectRecord, ...]
+
+    @property
+    def cells(self) -> frozenset[str]:
+        """The ids of the cells that it turns."""
+        return frozenset(cell for defect in self.defects for cell in defect.cells)
+
+    def places(self, field: str) -> tuple[str, ...]:
+        """Return the laws, variants, layers or dtypes of its defects."""
+        found = (getattr(defect, field) for defect in self.defects)
+        return tuple(dict.fromkeys(name for names in found for name in ([names] if isinstance(names, str) else names)))
+
+
+def known_issues(record: Record) -> list[Known]:
+    """Group the known defects by the entry that absorbs them, most cells first: an issue is one cause, in many laws."""
+    entries = {entry.id: entry for entry in record.ledger}
+    groups: dict[str, list[DefectRecord]] = {}
+    for defect in defects(record):
+        if defect.status == "known":
+            groups.setdefault(defect.issue or defect.fingerprint, []).append(defect)
+    found = [Known(name, entries.get(name), tuple(members)) for name, members in groups.items()]
+    return sorted(found, key=lambda known: (-len(known.cells), known.name))
+
+
 def _undescribed(key: str, cells: Sequence[CellRecord]) -> DefectRecord:
     worst = fold(cells).worst
     first = (worst.message or worst.status).strip().partition("\n")[0]
@@ -193,7 +223,7 @@ def verdict(record: Record) -> Verdict:
     broken = [cell for cell in record.cells if cell.status in ("violation", "error")]
     stale = sum(cell.status == "fixed" for cell in record.cells)
     known = sum(cell.status == "known" for cell in record.cells)
-    apart = f"{count(causes.count('known'), 'known issue')} in {count(known, 'cell')}" if known else ""
+    apart = f"{count(len(known_issues(record)), 'known issue')} in {count(known, 'cell')}" if known else ""
     doubts = _doubts(record, run)
     tail = f" Besides, {apart}." if apart else ""
     tail += f" And {doubts}." if doubts else ""

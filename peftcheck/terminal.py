@@ -19,11 +19,11 @@ def summary(run: Record) -> Iterable[str]:
         yield f"FIXED but listed: {cell.id}: {cell.message}"
     counts = {status: sum(cell.status == status for cell in run.cells) for status in _ORDER}
     ran = len(run.cells) - counts["absent"] - counts["unsupported"]
-    known = len(run.defects) - len(fresh)
+    known = len({defect.issue for defect in run.defects if defect.status == "known"})
     yield (
         f"{run.implementation.name} {run.implementation.version}: {len(run.cells)} cells, {ran} run, "
         + ", ".join(f"{counts[status]} {status}" for status in _ORDER)
-        + f"; {len(fresh)} new defects, {known} known; {sum(cell.cases for cell in run.cells)} law checks, "
+        + f"; {len(fresh)} new defects, {known} known issues; {sum(cell.cases for cell in run.cells)} law checks, "
         f"profile {run.profile}, seed {run.seed}"
     )
 

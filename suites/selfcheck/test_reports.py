@@ -62,10 +62,12 @@ def evil_record():
         [one], headline=ODD, issue="javascript:alert(5)", token=ODD, words=ODD, message=ODD, script=ODD, steps=(ODD,),
         repair=ODD,
     )  # fmt: skip
+    listed = replace(one, id=ODD + "known", status="known", fingerprint=ODD + "known", issue=ODD)
+    known = replace(found, fingerprint=listed.fingerprint, status="known", issue=ODD, cells=(listed.id,))
     return record(
-        [one], [found], peftcheck=ODD, profile=ODD, environment={ODD: ODD}, calibration={ODD: {ODD: [ODD]}},
+        [one, listed], [found, known], peftcheck=ODD, profile=ODD, environment={ODD: ODD}, calibration={ODD: {ODD: [ODD]}},
         implementation=replace(sample().implementation, name=ODD, version=ODD),
-        ledger=(LedgerRecord(ODD, ODD, ODD, ODD, ODD, "data:text/html,x", ODD, (ODD,), (one.id,)),),
+        ledger=(LedgerRecord(ODD, ODD, ODD, ODD, ODD, "data:text/html,x", ODD, (ODD,), (listed.id,), ODD),),
         faults=(FaultRecord(ODD, ODD, "javascript:alert(6)", (ODD,), True), FaultRecord("b", ODD, ODD, (), False)),
         measurements=(Table(ODD, (ODD, "n"), ((ODD, math.nan),), ODD),),
         quantized=(QuantizedRecord(ODD, ODD, 1.0, 0.1, 0.5, 0.03, math.nan, None, math.inf, 0.0),),
@@ -108,6 +110,38 @@ def test_the_verdict_is_that_of_the_cells():
     assert (
         summary.verdict(record([cell("a.b", "v", "l", status="violation", fingerprint=None)], [])).code == 1
     )
+
+
+def _issue_of_two_symptoms():
+    cells = [
+        cell(law, "lora", "linear", status="known", ratio=9.0, fingerprint=f"{law}|lora|weight|numeric", issue="one-cause")
+        for law in ("merge.oracle", "merge.delta")
+    ]
+    defects = [defect([one], status="known", issue="one-cause", fingerprint=one.fingerprint) for one in cells]
+    entry = LedgerRecord(
+        "one-cause", "bug", "merge.*", "known", "the reason", "https://example.org/7", None, ("t",),
+        tuple(one.id for one in cells), "silent numbers",
+    )  # fmt: skip
+    return record(cells, defects, ledger=(entry,))
+
+
+def test_symptoms_of_one_entry_are_one_known_issue():
+    run = _issue_of_two_symptoms()
+    (known,) = summary.known_issues(run)
+    assert known.name == "one-cause" and len(known.cells) == 2 and known.places("law") == ("merge.delta", "merge.oracle")
+    assert "the rest are 1 known issue in 2 cells" in summary.verdict(run).sentence
+    page = Page(report_html.render(run))
+    assert "1 known issue, declared in the ledger" in page.text and "silent numbers" in page.text
+    assert "2 symptoms" in page.text and "reported" in page.text and "no report found" not in page.text
+    line = next(row for row in report_markdown.render(run).splitlines() if row.startswith("| one"))
+    assert "silent numbers" in line and "https://example.org/7" in line and "| 2 |" in line
+
+
+def test_a_known_issue_without_address_says_so():
+    run = _issue_of_two_symptoms()
+    run = replace(run, ledger=(replace(run.ledger[0], url=None),))
+    assert "no report found" in Page(report_html.render(run)).text
+    assert "no report found" in report_markdown.render(run)
 
 
 @pytest.mark.parametrize(

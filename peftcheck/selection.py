@@ -97,7 +97,9 @@ PROFILES = {
         quantizers=("bitsandbytes.int8", "bitsandbytes.nf4"),
         turns=frozenset({"dtypes", "combine", "models", "likes"}),
     ),
-    "full": Profile("full", exact=1, native=2, logic=1, heavy=1, tries=120),
+    "full": Profile(
+        "full", exact=1, native=2, logic=1, heavy=1, tries=120, leaves=frozenset({"forward.compiled"})
+    ),  # which takes a second or two a cell to trace: a quarter of the rest together
     "nightly": Profile("nightly", exact=20, native=60, logic=20, heavy=20, tries=480),
 }
 

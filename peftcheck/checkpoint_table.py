@@ -9,7 +9,7 @@ from peftcheck import checkpoint, engine, generator, refusal
 from peftcheck.case import CONVOLUTIONS, AdapterSpec, Case, LayerSpec, Sweep
 from peftcheck.implementation import Claim, Implementation, Op, Variant, stored
 from peftcheck.record import Table
-from peftcheck.stage import set_up
+from peftcheck.staging import set_up
 
 TITLE = "What a checkpoint holds"
 _COLUMNS = (

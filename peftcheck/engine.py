@@ -24,7 +24,8 @@ from peftcheck.laws.refuse import attach_refused
 from peftcheck.measurement import Measurement, worst
 from peftcheck.memento import Memento, Unrestorable
 from peftcheck.outcome import ERROR, PASS, SKIP, VIOLATION, Outcome, crash_fingerprint, fingerprint
-from peftcheck.stage import Stage, set_up
+from peftcheck.stage import Stage
+from peftcheck.staging import set_up
 
 Watch = Callable[[Case, str], contextlib.AbstractContextManager[None]]
 

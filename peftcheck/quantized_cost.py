@@ -20,7 +20,8 @@ from peftcheck.laws.quantize import chosen, dense, rule
 from peftcheck.laws.quantize_cycles import silenced, without_effect
 from peftcheck.measurement import Measurement
 from peftcheck.record import QuantizedRecord
-from peftcheck.stage import Stage, note_start, set_up
+from peftcheck.stage import Stage
+from peftcheck.staging import note_start, set_up
 
 NAME, SHAPE, RANK = "layer", (256, 64), 8
 SMALL = 0.1  # the small change, as a share of the step

@@ -20,7 +20,8 @@ from peftcheck.laws.plain import forward_holds, merge_holds, merged_as_due, unme
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
 from peftcheck.oracle import machine
 from peftcheck.rounding import DTYPES
-from peftcheck.stage import Stage, note_start
+from peftcheck.stage import Stage
+from peftcheck.staging import note_start
 from peftcheck.training import UNTRAINED, backward, feeds
 
 

@@ -8,7 +8,8 @@ from peftcheck.case import Case
 from peftcheck.implementation import Implementation
 from peftcheck.law import law
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
-from peftcheck.stage import Stage, set_up
+from peftcheck.stage import Stage
+from peftcheck.staging import set_up
 
 
 def merge_refused(implementation: Implementation, case: Case) -> Measurement:

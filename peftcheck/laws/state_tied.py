@@ -17,7 +17,8 @@ from peftcheck.laws.merge import merge_all
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle.layers import layer_output
 from peftcheck.rounding import judged, leaf
-from peftcheck.stage import Stage, set_up
+from peftcheck.stage import Stage
+from peftcheck.staging import set_up
 
 Pairs = Sequence[tuple[str, str]]  # an adapted layer, and the one that shares its weight
 TIED = "tied"  # the name of the layer that is added where a case shares no weight

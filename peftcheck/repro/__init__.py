@@ -18,7 +18,8 @@ from peftcheck.outcome import Outcome
 from peftcheck.repro import bodies, merging, model, quantized, refusing, sequencing, training
 from peftcheck.repro.scene import Scene, named
 from peftcheck.spelling import Speller, Spelling, text
-from peftcheck.stage import Stage, set_up
+from peftcheck.stage import Stage
+from peftcheck.staging import set_up
 
 MOST_LINES = 39
 _CODED = ("quantize.rejects", "quantize.atomic")

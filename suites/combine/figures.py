@@ -18,7 +18,7 @@ from peftcheck import engine, law
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep
 from peftcheck.implementations.peft import Peft
 from peftcheck.oracle.combination import KINDS, tail
-from peftcheck.stage import set_up
+from peftcheck.staging import set_up
 
 HAND = {
     "single [-1]": ((-1.0,), "normal"),

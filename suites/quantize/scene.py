@@ -15,7 +15,8 @@ from peftcheck import engine, quantizers
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep
 from peftcheck.implementations.peft import Peft
 from peftcheck.record import Table
-from peftcheck.stage import Stage, note_start, set_up
+from peftcheck.stage import Stage
+from peftcheck.staging import note_start, set_up
 
 SIZE = 256
 warnings.filterwarnings("ignore", message=".*rounding errors.*")

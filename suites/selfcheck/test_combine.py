@@ -305,7 +305,7 @@ def peft():
 
 def relative_error(implementation, case: Case) -> float:
     """Return the relative error of the combined delta against sum w_i D_i, by fp64."""
-    from peftcheck.stage import set_up
+    from peftcheck.staging import set_up
 
     with engine.pinned():
         stage = set_up(implementation, case)

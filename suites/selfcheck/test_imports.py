@@ -21,7 +21,7 @@ ORDER = """
     implementation spelling refusal
     oracle budgets programs reductions quantizers
     measurement architecture memento recording outcome
-    generator_model generator stage checkpoint standing sequence operations training combination combination_diagnosis generator_combine
+    generator_model generator stage staging checkpoint standing sequence operations training combination combination_diagnosis generator_combine
     law laws engine
     strategies machine
     implementations

@@ -22,7 +22,7 @@ from peftcheck.law import laws
 from peftcheck.laws.state_tied import TIED, tied_case
 from peftcheck.models import build
 from peftcheck.outcome import PASS
-from peftcheck.stage import set_up
+from peftcheck.staging import set_up
 
 REFERENCE = Reference()
 

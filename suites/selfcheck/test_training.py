@@ -18,7 +18,7 @@ from peftcheck.implementations.hooks import Hooks
 from peftcheck.implementations.reference import Reference
 from peftcheck.law import laws
 from peftcheck.outcome import PASS, SKIP
-from peftcheck.stage import set_up
+from peftcheck.staging import set_up
 from peftcheck.training import feeds, matters, start_fresh
 
 REFERENCE = Reference()

@@ -14,7 +14,7 @@ from peftcheck.errors import UsageError
 from peftcheck.implementations.reference import Reference
 from peftcheck.law import laws
 from peftcheck.reductions import of
-from peftcheck.stage import set_up
+from peftcheck.staging import set_up
 from peftcheck.targets import Targets, meant, spelled
 
 REFERENCE = Reference()

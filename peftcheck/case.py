@@ -6,19 +6,16 @@ a token made on one machine replays on any other.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import dataclasses
 import json
 import math
-import zlib
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from peftcheck import tokens
 from peftcheck.errors import UsageError
 from peftcheck.rounding import DTYPES
 
-TOKEN_PREFIX = "pc1."
 CONVOLUTIONS = ("conv1d", "conv2d", "conv3d")
 EMBEDDINGS = ("embedding", "embedding.scaled")
 LAYERS = (
@@ -246,27 +243,18 @@ def to_plain(value: Any) -> Any:
 
 def encode(case: Case, law: str) -> str:
     """Return the token of a case and a law: text that `decode` turns back, on any machine."""
-    text = json.dumps([law, to_plain(case)], separators=(",", ":"), sort_keys=True)
-    return TOKEN_PREFIX + base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode().rstrip("=")
+    return tokens.pack(law, json.dumps(to_plain(case), separators=(",", ":"), sort_keys=True))
 
 
 def decode(token: str) -> tuple[Case, str]:
     """Return the case and the law of a token; raises UsageError if it is none."""
-    token = token.strip()
-    if not token.startswith(TOKEN_PREFIX):
-        raise UsageError(f"not a token: it must start with '{TOKEN_PREFIX}'; copy it whole from a report")
-    body = token[len(TOKEN_PREFIX) :]
+    text = tokens.unpack(token)
     try:
-        packed = base64.urlsafe_b64decode(body + "=" * (-len(body) % 4))
-        inflater = zlib.decompressobj()
-        text = inflater.decompress(packed, 1 << 20)
-        if not inflater.eof:
-            raise ValueError("truncated")
         law, plain = json.loads(text)
         case = _case(plain)
         known = case.sweep.dtype in DTYPES and case.adapter_dtype in DTYPES and isinstance(law, str)
-    except (binascii.Error, zlib.error, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise UsageError(f"broken token ({type(error).__name__}): copy it whole from a report") from error
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise tokens.broken(error) from error
     if not known:
         raise UsageError("broken token: unknown dtype or law; was it made by a newer peftcheck?")
     return case, law

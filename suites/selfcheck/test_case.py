@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peftcheck.case import LAYERS, TOKEN_PREFIX, AdapterSpec, Case, LayerSpec, Poison, Sweep, decode, encode, to_plain
+from peftcheck.case import LAYERS, AdapterSpec, Case, LayerSpec, Poison, Sweep, decode, encode, to_plain
 from peftcheck.errors import UsageError
 from peftcheck.rounding import DTYPES
+from peftcheck.tokens import TOKEN_PREFIX
 
 names = st.text(min_size=1, max_size=8)
 small = st.integers(1, 600)

@@ -15,7 +15,7 @@ import peftcheck
 ROOT = Path(peftcheck.__file__).parent
 # Each line may import from the lines above it and, for what stands on one line, to its left. A package is one name.
 ORDER = """
-    errors escape dataclass_json
+    errors escape dataclass_json tokens
     rounding rounding_linalg processor calibration
     case where issue attention values transformer_models models targets
     implementation spelling refusal

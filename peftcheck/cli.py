@@ -71,15 +71,16 @@ def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
 
 @main.command()
 @click.argument("token")
+@click.option("--law", default=None, help="Check this law on the case: a token in a record's table of cases has none.")
 @click.option("--implementation", default=None, help="Replay on this implementation instead of the token's own.")
 @click.option("--script", default=None, metavar="PATH", help="Write a standalone script that shows the defect.")
 @click.option("--issue", is_flag=True, help="Print the text of an issue to file.")
 @_plainly
-def replay(token: str, implementation: str | None, script: str | None, issue: bool) -> int:
+def replay(token: str, law: str | None, implementation: str | None, script: str | None, issue: bool) -> int:
     """Run the case of a TOKEN again: FIXED, VIOLATION or ERROR."""
     from peftcheck import running
 
-    return running.replay(token, implementation, script, issue)
+    return running.replay(token, law, implementation, script, issue)
 
 
 @main.command()

@@ -1,7 +1,8 @@
 """Hold the record of one run: its shape, its JSON, and the joining of shards.
 
 The JSON is published as `record.schema.json` beside this module. Non-finite numbers are the strings "inf",
-"-inf" and "nan", because JSON has no others. Fields that do not apply are null, never left out.
+"-inf" and "nan", because JSON has no others. Fields that do not apply are null, never left out. What many cells share
+stands once, in tables (`record_tables.py`): that is schema 2. Schema 1, in which each cell held its own, is still read.
 """
 
 from __future__ import annotations
@@ -11,14 +12,16 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from peftcheck.dataclass_json import Mismatch, decode, encode, parse
 from peftcheck.errors import HarnessError, UsageError
+from peftcheck.record_tables import fold, unfold
 
-SCHEMA = 1
+SCHEMA = 2
+READABLE = (1, SCHEMA)
 
 # Worst first: where cells are folded into one square, the first status found in this order is shown.
 STATUSES = ("violation", "error", "vacuous", "fixed", "known", "pass", "unsupported", "absent")
@@ -177,7 +180,10 @@ class Implementation:
 
 @dataclass(frozen=True)
 class Record:
-    """Hold one run. `peftcheck` is the version of the harness; `environment["shard"]`, if there, is "i/n"."""
+    """Hold one run. `peftcheck` is the version of the harness; `environment["shard"]`, if there, is "i/n".
+
+    `schema` is that of the JSON it is written as, whatever schema it was read from.
+    """
 
     schema: int
     peftcheck: str
@@ -225,11 +231,11 @@ def totals(cells: Iterable[CellRecord]) -> dict[str, int]:
 
 
 def dumps(record: Record) -> str:
-    """Return the record as JSON with one cell or defect a line, so that a line diff can be read."""
+    """Return the record as JSON with one case, cell or defect a line, so that a line diff can be read."""
     parts = []
-    for key, value in encode(record).items():
+    for key, value in fold(encode(record)).items():
         if isinstance(value, list) and value:
-            body = ",\n".join("  " + json.dumps(item, allow_nan=False) for item in value)
+            body = ",\n".join("  " + json.dumps(item, allow_nan=False, separators=(",", ":")) for item in value)
             parts.append(f" {json.dumps(key)}: [\n{body}\n ]")
         else:
             parts.append(f" {json.dumps(key)}: {json.dumps(value, allow_nan=False)}")
@@ -258,7 +264,7 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def read(path: str | Path) -> Record:
-    """Read a record; raise UsageError where the file is none of this schema, or contradicts itself."""
+    """Read a record; raise UsageError where the file is none of a known schema, or contradicts itself."""
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
@@ -281,13 +287,14 @@ def loads(text: str, name: str = "the record") -> Record:
         ) from error
     if not isinstance(value, dict) or "schema" not in value:
         raise UsageError(f"{name} is not a record of peftcheck; give the JSON that a run wrote with --record")
-    if value["schema"] != SCHEMA or isinstance(value["schema"], bool):
+    schema = value["schema"]
+    if schema not in READABLE or isinstance(schema, bool):
         raise UsageError(
-            f"{name} has schema {value['schema']!r:.40} where this peftcheck reads schema {SCHEMA}; "
+            f"{name} has schema {schema!r:.40} where this peftcheck reads schema {' and '.join(map(str, READABLE))}; "
             "run again, or use the version of peftcheck that wrote it"
         )
     try:
-        record = decode(Record, value, "record")
+        record = replace(decode(Record, unfold(value) if schema == SCHEMA else value, "record"), schema=SCHEMA)
         check(record)
     except Mismatch as error:
         raise UsageError(f"{name} is not a valid record: {error}; run again to write a sound one") from None

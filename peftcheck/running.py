@@ -17,6 +17,7 @@ from peftcheck import record as records
 from peftcheck import terminal
 from peftcheck.errors import UsageError
 from peftcheck.plugin import COLLECTOR
+from peftcheck.tokens import NO_LAW
 
 _FILTERS = ("law", "variant", "layer", "dtype", "quantizer", "kind")
 
@@ -124,18 +125,25 @@ def _outputs(options: dict[str, Any], name: str, version: str) -> list[Path]:
     return asked
 
 
-def replay(token: str, target: str | None, script: str | None, issue: bool) -> int:
-    """Run the case of a token; print FIXED, VIOLATION or ERROR; return 0 only where the law holds."""
+def replay(token: str, law: str | None, target: str | None, script: str | None, issue: bool) -> int:
+    """Run the case of a token; print FIXED, VIOLATION or ERROR; return 0 only where the law holds.
+
+    `law` stands in for the token's own: the tokens of a record's table of cases have none.
+    """
     from peftcheck import engine, repro
     from peftcheck.case import decode
     from peftcheck.law import laws
     from peftcheck.outcome import PASS, SKIP
 
-    case, name = decode(token)
+    case, own = decode(token)
+    name = own if law is None else law
+    if name == NO_LAW:
+        raise UsageError("the token holds a case and no law; give one with --law")
     implementation = port.load(target or case.sweep.implementation)
     found = {law.name: law for law in laws()}
     if name not in found:
-        raise UsageError(f"unknown law '{name}' in the token: was it made by a newer peftcheck?")
+        hint = " in the token: was it made by a newer peftcheck?" if law is None else ": see peftcheck list laws"
+        raise UsageError(f"unknown law '{name}'{hint}")
     if case.sweep.variant not in implementation.variants():
         raise UsageError(f"{implementation.name} has no variant '{case.sweep.variant}'")
     (outcome,) = engine.check(implementation, case, [found[name]])

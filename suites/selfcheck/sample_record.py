@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterable
 from dataclasses import replace
@@ -19,6 +20,7 @@ from peftcheck.record import (
     headroom,
     totals,
 )
+from peftcheck.tokens import pack
 
 LAWS = {
     "forward": ["oracle"],
@@ -114,6 +116,7 @@ def cell(
     """Build a cell; an id, a headroom and a fingerprint follow from the rest."""
     key = "-".join(part for part in (law, variant, layer, dtype, quantizer, kind) if part)
     bad = status in ("violation", "error", "known")
+    case = json.dumps({"variant": variant, "layer": layer, "dtype": dtype, "quantizer": quantizer})
     values = dict(
         id=key,
         law=law,
@@ -128,7 +131,7 @@ def cell(
         headroom=headroom(ratio),
         effect=0.31,
         seconds=0.4,
-        worst=Worst("pc1_" + key[:12], f"{layer} 5 -> 3, rank 2") if ratio is not None else None,
+        worst=Worst(pack(law, case), f"{layer} 5 -> 3, rank 2") if ratio is not None else None,
         fingerprint=f"{law}/{variant}/numeric" if bad else None,
         issue=None,
         message=f"{law}: ratio {ratio}" if bad else None,

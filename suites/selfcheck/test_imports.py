@@ -26,7 +26,7 @@ ORDER = """
     strategies machine
     implementations
     shrink hearings ledger_file ledger repro
-    record joining summary diff report_combinations report_quantized report_html report_markdown report_junit report_index report terminal
+    record_tables record joining summary diff report_combinations report_quantized report_html report_markdown report_junit report_index report terminal
     watchdog faults selection quantized_cost suite session bench listing checkpoint_table closing
     plugin protocol __init__ running conformance cli
 """.split()

@@ -26,6 +26,7 @@ from peftcheck.record import (
     totals,
     write,
 )
+from peftcheck.tokens import pack
 
 PUBLISHED = json.loads(Path(records.__file__).with_name("record.schema.json").read_text(encoding="utf-8"))
 VALIDATOR = jsonschema.Draft202012Validator(PUBLISHED)
@@ -83,6 +84,8 @@ def test_a_realistic_record_is_valid():
 def spoilt():
     """Yield a name and a function that spoils the JSON of a record, each in one place."""
     yield "no cells", lambda v: v.pop("cells")
+    yield "no table of cases", lambda v: v.pop("cases")
+    yield "no table of messages", lambda v: v.pop("messages")
     yield "unknown field", lambda v: v.update(extra=1)
     yield "cell lacks a field", lambda v: v["cells"][0].pop("issue")
     yield "cell has another field", lambda v: v["cells"][0].update(more=None)
@@ -91,9 +94,26 @@ def spoilt():
     yield "truth value for a number", lambda v: v["cells"][0].update(ratio=True)
     yield "truth value for an integer", lambda v: v.update(seed=True)
     yield "null where there must be text", lambda v: v["cells"][0].update(law=None)
-    yield "number for text", lambda v: v["cells"][0].update(message=3)
+    yield "number for text", lambda v: v["cells"][0].update(message=3.5)
     yield "cells is an object", lambda v: v.update(cells={})
     yield "worst without words", lambda v: v["cells"][0].update(worst={"token": "t"})
+    yield "worst is an index", lambda v: v["cells"][0].update(worst=0)
+    yield "worst points before the table", lambda v: v["cells"][0].update(worst={"case": -1})
+    yield "worst points by a truth value", lambda v: v["cells"][0].update(worst={"case": False})
+    yield "worst points by text", lambda v: v["cells"][0].update(worst={"case": "0"})
+    yield "worst points and tells", lambda v: v["cells"][0].update(worst={"case": 0, "words": "w"})
+    yield "message is a truth value", lambda v: v["cells"][0].update(message=False)
+    yield "message before the table", lambda v: v["cells"][0].update(message=-1)
+    yield "case without words", lambda v: v["cases"][0].pop("words")
+    yield "case with a law", lambda v: v["cases"][0].update(law="merge.oracle")
+    yield "case is text", lambda v: v["cases"].append("pc1.")
+    yield "cases is an object", lambda v: v.update(cases={})
+    yield "null among the messages", lambda v: v["messages"].append(None)
+    yield "defect without witness", lambda v: v["defects"][0].pop("witness")
+    yield "defect with a token of its own", lambda v: v["defects"][0].update(token="t")
+    yield "witness without words", lambda v: v["defects"][0].update(witness={"token": "t"})
+    yield "witness points before the table", lambda v: v["defects"][0].update(witness={"case": -1})
+    yield "witness is text", lambda v: v["defects"][0].update(witness="t")
     yield "implementation is text", lambda v: v.update(implementation="peft 0.21.2")
     yield "a list in a table", lambda v: v["measurements"][0]["rows"].append([[], 1, 1, 1])
     yield "fraction for an integer", lambda v: v["cells"][0].update(cases=1.5)
@@ -121,10 +141,14 @@ def test_schema_and_reader_refuse_the_same(name, spoil):
         ('{"schema": 1, "seed": NaN}', "NaN"),
         ("[]", "not a record"),
         ("{}", "not a record"),
-        ('{"schema": 2}', "schema 2"),
+        ('{"schema": 3}', "schema 3 where this peftcheck reads schema 1 and 2"),
+        ('{"schema": 0}', "schema 0"),
         ('{"schema": "1"}', "schema '1'"),
+        ('{"schema": [2]}', "schema [2]"),
         ('{"schema": true}', "schema True"),
+        ('{"schema": 2.0, "cases": [], "messages": []}', "lacks"),
         ('{"schema": 1}', "lacks"),
+        ('{"schema": 2}', "lacks"),
     ],
 )
 def test_what_is_no_record_is_refused_in_one_line(tmp_path, text, says):
@@ -153,6 +177,12 @@ def test_a_missing_file_and_one_that_is_not_text_are_refused(tmp_path):
         (lambda v: v["defects"].append(copy.deepcopy(v["defects"][0])), "twice"),
         (lambda v: v["defects"][0]["cells"].append("gone"), "not there"),
         (lambda v: v["measurements"][0]["rows"].append([1]), "columns"),
+        (lambda v: v["cells"][0].update(worst={"case": 99}), r"cells\[0\].worst.case is 99, where record.cases has"),
+        (lambda v: v["cells"][0].update(message=99), r"cells\[0\].message is 99, where record.messages has"),
+        (lambda v: v["defects"][0].update(witness={"case": 99}), r"defects\[0\].witness.case is 99"),
+        (lambda v: v["cells"][0].update(worst={"case": int("9" * 4000)}), "worst.case is 999"),
+        (lambda v: v["cases"][0].update(token="pc1.broken"), r"cases\[0\].token is not the token of a case"),
+        (lambda v: v["cases"][0].update(token=pack("merge.oracle", "{}")), r"cases\[0\].token is not the token of"),
     ],
 )
 def test_a_record_that_contradicts_itself_is_refused(spoil, says):

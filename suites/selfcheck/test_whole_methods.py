@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers", minversion="5")
+pytest.importorskip("transformers", minversion="5")
 
 from peft import (
     AdaptionPromptConfig,
@@ -26,32 +26,10 @@ from peft import (
     XLoraConfig,
     get_peft_model,
 )
+from small_llama import HIDDEN, IDS, SINGLE, llama, logits, scatter, trained
 
 pytestmark = pytest.mark.filterwarnings("ignore")
-HIDDEN, EXPERTS, TARGETS = 16, 3, ("q_proj", "down_proj")
-SINGLE = 2.0**-24
-IDS = torch.randint(0, 32, (2, 5), generator=torch.Generator().manual_seed(1))
-
-
-def llama(bias: bool = False) -> nn.Module:
-    """Return a Llama of two blocks, the same each time, in double precision."""
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=32,
-        hidden_size=HIDDEN,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        attention_bias=bias,
-        attn_implementation="eager",
-        use_cache=False,
-    )
-    model = transformers.LlamaForCausalLM(config).double().eval()
-    for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            nn.init.normal_(parameter)
-    return model
+EXPERTS, TARGETS = 3, ("q_proj", "down_proj")
 
 
 def experts(folder: Path) -> dict[str, str]:
@@ -79,22 +57,6 @@ def shadow(folder: Path, **options) -> PeftModel:
 
 METHODS: dict[str, Callable[..., PeftModel]] = {"adaption_prompt": adaption, "shadow": shadow, "xlora": xlora}
 everyone = pytest.mark.parametrize("name", sorted(METHODS))
-
-
-def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(input_ids=IDS).logits
-
-
-def scatter(model: PeftModel) -> None:
-    """Write random values into every tensor that is trained: zeros at the start hide what is multiplied by them."""
-    generator = torch.Generator().manual_seed(3)
-    for _, parameter in sorted(trained(model).items()):
-        parameter.data.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
-
-
-def trained(model: PeftModel) -> dict[str, Tensor]:
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @everyone

@@ -10,16 +10,19 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import hashlib
+import math
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from peftcheck.case import Case, encode
 
 CASE_SECONDS = 60
 _GRACE = 15
+_PATIENCE = 4
 
 
 class Hung(Exception):
@@ -37,6 +40,7 @@ class Watchdog:
         self._alarms = threading.current_thread() is threading.main_thread() and hasattr(signal, "setitimer")
         self._case: Case | None = None
         self._token = ""
+        self._armed = -math.inf
         self.crashed = self._bury()
         self._file = os.open(self._running, os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
 
@@ -59,11 +63,13 @@ class Watchdog:
             self._case, self._token = case, encode(case, "")
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{self._token} {law}".encode(), 0)
+        now = time.monotonic()
         if self._alarms:
-            previous = signal.signal(signal.SIGALRM, interrupt)
-            signal.setitimer(signal.ITIMER_REAL, self._seconds)
-        if law == "attach":
-            faulthandler.dump_traceback_later(self._seconds + _GRACE, exit=True, file=_silent())
+            previous = signal.signal(signal.SIGALRM, self._patient(now, time.process_time()))
+            signal.setitimer(signal.ITIMER_REAL, self._seconds, self._seconds)
+        if now - self._armed > 1:  # arming starts a thread: not for every law
+            faulthandler.dump_traceback_later(_PATIENCE * self._seconds + _GRACE, exit=True, file=_silent())
+            self._armed = now
         try:
             yield
         finally:
@@ -71,6 +77,20 @@ class Watchdog:
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 signal.signal(signal.SIGALRM, previous)
             os.ftruncate(self._file, 0)
+
+    def _patient(self, wall: float, cpu: float) -> Callable[[int, object], None]:
+        """Return a handler that tells a hang from a process that others keep from running.
+
+        A library that has not come back is given up where it has had half of the time on a core, or, since one that waits
+        uses none, after `_PATIENCE` times as long.
+        """
+
+        def ring(signum: int, frame: object) -> None:
+            passed, used = time.monotonic() - wall, time.process_time() - cpu
+            if used >= passed / 2 or passed >= (_PATIENCE - 0.5) * self._seconds:
+                interrupt(signum, frame)
+
+        return ring
 
     def close(self) -> None:
         """End the watch: the sweep came through."""

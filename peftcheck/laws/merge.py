@@ -127,7 +127,7 @@ def restored(role: str, now: Tensor, start: Tensor, allowed: Tensor, documented:
     if lost.numel() and bool(lost.all()):
         return None
     if now.shape == start.shape:
-        now = torch.where(lost, start.to(now.dtype), now)
+        now, start = torch.where(lost, 0.0, now), torch.where(lost, 0.0, start)
     return compare(role, now, start, allowed, documented)
 
 

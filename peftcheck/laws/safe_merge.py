@@ -13,6 +13,7 @@ from peftcheck import refusal
 from peftcheck.case import Poison
 from peftcheck.implementation import Op
 from peftcheck.law import law
+from peftcheck.laws.merge import restored
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle import Base, Site, unlimited
 from peftcheck.rounding import judged, precision
@@ -270,12 +271,12 @@ def agrees(stage: Stage) -> Measurement | None:
     Both paths compute the delta by the same code, so what differs is where it is rounded: each result is within
     its own bound of the closed form.
     """
-    merged, restored = [], []
+    merged, undone = [], []
     for safe in (False, True):
         stage.attached.merge(stage.names, safe=safe)
         merged.append({k: t.detach().clone() for k, t in stage.attached.base_values().items()})
         stage.attached.unmerge()
-        restored.append({k: t.detach().clone() for k, t in stage.attached.base_values().items()})
+        undone.append({k: t.detach().clone() for k, t in stage.attached.base_values().items()})
         stage.put_back()
     found = []
     for name in stage.targeted:
@@ -287,5 +288,6 @@ def agrees(stage: Stage) -> Measurement | None:
             found.append(compare(role, merged[1][key], merged[0][key].double(), 2 * form.bound))
             both = 2 * budget[tensor]
             more = 2 * extra[tensor] if tensor in extra else None
-            found.append(compare(role, restored[1][key], restored[0][key].double(), both, more))
+            found.append(restored(role, undone[1][key], undone[0][key].double(), both, more))
+    found = [one for one in found if one is not None]
     return worst(found) if found else None

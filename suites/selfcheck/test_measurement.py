@@ -135,6 +135,7 @@ def test_a_round_trip_is_judged_where_there_is_a_way_back_and_nowhere_else():
     start, infinite = torch.tensor([1.0, 2.0]), torch.tensor([0.5, torch.inf])
     nan = torch.tensor([1.0, torch.nan])
     assert restored("w", nan, start, infinite).holds
+    assert restored("w", nan, nan, infinite).holds
     assert not restored("w", nan.flip(0), start, infinite).holds
     assert not restored("w", torch.tensor([1.6, 2.0]), start, infinite).holds
     assert not restored("w", start + 1, start, torch.tensor([torch.nan, torch.inf])).holds

@@ -82,7 +82,7 @@ class PeftAttached:
         """Return the layers that hold a tensor of the adapter's own which its closed form names."""
         own: dict[str, list[int]] = {}
         for name, module in self._tuner_layers():
-            own.setdefault(name, []).extend(t.data_ptr() for t in self._named(module, adapter))
+            own.setdefault(name, []).extend(_place(t) for t in self._named(module, adapter))
         # a bank or a projection that layers share hangs on each of them, adapted by this adapter or not
         seen = Counter(pointer for pointers in own.values() for pointer in set(pointers))
         alone = any(seen[pointer] == 1 for pointers in own.values() for pointer in pointers)
@@ -214,6 +214,11 @@ class PeftAttached:
 
     def load(self, folder: Path, adapter: str) -> None:
         self.model.load_adapter(str(folder), adapter, autocast_adapter_dtype=self.autocast)
+
+
+def _place(tensor: Tensor) -> int:
+    """Return a number that only tensors in the same memory share: those without elements have none."""
+    return tensor.data_ptr() or -id(tensor)
 
 
 def _of_attention(module: nn.MultiheadAttention) -> dict[str, Tensor]:

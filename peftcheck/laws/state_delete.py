@@ -102,6 +102,11 @@ def _gone(stage: Stage, victim: str, owned: set[int]) -> Measurement:
     return NOTHING
 
 
+def _telling(stage: Stage, old: Tensor) -> bool:
+    """Return whether a start of the library's cannot have these values by chance: a few small numbers it can."""
+    return stage.case.profile not in ("dyadic", "onehot") or old.numel() >= 8
+
+
 def _anew(
     stage: Stage, victim: str, others: Sequence[str], kept: Tensors, first: Sequence[Tensor] | None
 ) -> Measurement:
@@ -118,7 +123,7 @@ def _anew(
     trained = checkpoint.trained(stage)
     for (site, role), old in kept.items():
         written = not identical("", stage.fresh[victim][site, role], old).holds  # by the harness, into the old one
-        if role in trained and written and identical("", new[site, role], old).holds:
+        if role in trained and written and _telling(stage, old) and identical("", new[site, role], old).holds:
             found.append(broken(f"{site}:{role}", "stale", f"'{victim}', added again, has values of the deleted one"))
     if stage.variant.rewrites_base:
         return worst(found)

@@ -12,7 +12,7 @@ from typing import Any
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Poison, Sweep
 
 _SWEEP = ("variant", "layer", "dtype", "quantizer")
-_CASE = ("adapter_dtype", "profile", "batch", "safe", "joint", "cycles", "train")
+_CASE = ("adapter_dtype", "profile", "batch", "safe", "joint", "cycles", "train", "adapters")
 _LAYER = tuple(f.name for f in fields(LayerSpec))
 _ADAPTER = tuple(f.name for f in fields(AdapterSpec) if f.name not in ("targets", "options"))
 _POISON = tuple(f.name for f in fields(Poison))
@@ -36,7 +36,7 @@ class Where:
     Each is a field (dotted within a table: `options.use_dora`, `poison.value`) and its alternatives. A string is
     a glob ('!' before it: anything else), against a number a comparison ('>1'), against no value 'none'. Against
     a field of several numbers an alternative asks for one of them, a tuple for all. Conditions on a layer and on
-    an adapter speak of one adapter and one layer that it targets.
+    an adapter speak of one adapter and one layer that it targets; `adapters` is how many there are.
     """
 
     conditions: tuple[tuple[str, tuple[Any, ...]], ...] = ()
@@ -107,6 +107,8 @@ def _of_case(case: Case, field: str) -> Any:
     table, _, key = field.partition(".")
     if table == "poison":
         return getattr(case.poison, key)
+    if field == "adapters":
+        return len(case.adapters)
     return case.setting(key) if table == "extra" else getattr(case, field)
 
 

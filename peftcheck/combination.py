@@ -22,6 +22,7 @@ from peftcheck.implementation import Claim, Op, Promise
 from peftcheck.oracle.combination import KINDS, Kind, definition, tail, weighted_sum
 from peftcheck.oracle.form import Machine, Site, machine
 from peftcheck.oracle.lowrank import scale
+from peftcheck.oracle.lowrank_variants import written_out
 from peftcheck.refusal import is_library, is_refusal
 from peftcheck.rounding import Bounded, leaf
 from peftcheck.stage import Stage
@@ -192,7 +193,9 @@ def change(stage: Stage, m: Machine, site: Site) -> Change:
 
 
 def ungrouped(site: Site) -> Site:
-    """Return a low-rank adapter of a grouped convolution as one of the full kernel: B written out block by block."""
+    """Return a low-rank adapter of blocks as one without: B of a grouped convolution written out, or the blocked factor."""
+    if site.adapter.option("blocks") is not None:
+        return written_out(site)
     b = site.tensors.get("B")
     if site.spec.kind not in CONVOLUTIONS or site.spec.groups == 1 or b is None or "A" not in site.tensors:
         return site

@@ -157,7 +157,7 @@ def _options(rng: random.Random, variant: Variant, way: Kind, layers, adapters, 
         elif wide < 0.95:
             options["svd_rank"] = whole
         if "svd_rank" in options:
-            probe = AdapterSpec("combined", tuple(sorted(targets)), options["svd_rank"])
+            probe = AdapterSpec("combined", tuple(sorted(targets)), options["svd_rank"], options=adapters[0].options)
             options["svd_rank"] = variant.fit(probe, tuple(layers), False).rank
         options["svd_full_matrices"] = rng.random() < 0.5
     if way.prunes:

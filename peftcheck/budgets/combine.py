@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from peftcheck.case import AdapterSpec
 from peftcheck.oracle.combination import matrix, weighted_sum
 from peftcheck.oracle.form import Base, Formula, Machine, Site
 from peftcheck.rounding import EXACT_FP64, Arithmetic, Bounded, Precision
@@ -31,13 +32,23 @@ def ceilings(formula: Formula, site: Site) -> dict[str, Tensor]:
     return {name: form.value.abs() for name, form in change.items()}
 
 
+def _unscaled(adapter: AdapterSpec) -> AdapterSpec:
+    """Return the adapter with a scale of one."""
+    options = tuple((name, value) for name, value in adapter.options if name != "rslora")
+    return replace(adapter, alpha=float(adapter.rank), options=options)
+
+
+def _factors(formula: Formula, site: Site) -> tuple[str, ...]:
+    """Return the roles of what the change is a product of: not of what is kept beside it, for training or as it came."""
+    return tuple(role for role in site.tensors if formula.hints.get(role) != "keep")
+
+
 def _underflow(formula: Formula, site: Site) -> dict[str, Tensor]:
     """Return abs(B) 1 + 1 abs(A) + r: what an error of one in every element of a factor makes of the product."""
-    plain = replace(site, adapter=replace(site.adapter, alpha=float(site.adapter.rank), options=()))
+    plain = replace(site, adapter=_unscaled(site.adapter))
     total: dict[str, Tensor] = {}
-    for lifted in ({}, *({role} for role in site.tensors), set(site.tensors)):
-        if not lifted:
-            continue
+    roles = _factors(formula, site)
+    for lifted in (*({role} for role in roles), set(roles)):
         tensors = {r: Bounded(torch.ones_like(f.value) if r in lifted else f.value.abs()) for r, f in site.tensors.items()}
         change = formula.delta(Machine(_ORACLE, _ORACLE, False), replace(plain, tensors=tensors))
         for name, form in change.items():
@@ -77,7 +88,7 @@ def _representable(m: Machine, formula: Formula, scales, sites: Sequence[Site], 
     """Return whether A w s never rounds in storage, and the judgement's own sum never rounds in fp64."""
     changes: dict[str, list[Bounded]] = {}
     for site, weight, scale in zip(sites, weights, scales, strict=True):
-        for form in site.tensors.values():
+        for form in (site.tensors[role] for role in _factors(formula, site)):
             if m.adapter.scale(m.adapter.scale(form, weight), scale).error is not None:
                 return False
         for name, form in formula.delta(Machine(_ORACLE, _ORACLE, True), site).items():
@@ -98,9 +109,9 @@ def factorwise(
     roots = [math.sqrt(abs(weight) * scale) / density for weight, scale in zip(weights, scales, strict=True)]
     summed = {
         role: sum(root * site.tensors[role].value.abs() for root, site in zip(roots, sites, strict=True))
-        for role in sites[0].tensors
+        for role in _factors(formula, sites[0])
     }
-    plain = replace(sites[0].adapter, alpha=float(sites[0].adapter.rank), options=())
+    plain = _unscaled(sites[0].adapter)
     union = replace(sites[0], adapter=plain, tensors={role: Bounded(value) for role, value in summed.items()})
     growth = 2 * ((1 + v) ** (2 * count + 8) - 1) + 2 * EXACT_FP64.gamma(plain.rank + 8)
     eta, under = m.adapter.store.eta * (count + 4) * max(1.0, *roots), _underflow(formula, union)

@@ -28,9 +28,15 @@ def kasa_path(m: Machine, site: Site, x: Bounded) -> Bounded:
     return m.adapter.scale(m.adapter.matmul(hidden, b.map(torch.t)), scale(site.adapter))
 
 
-def _dense(site: Site) -> Site:
-    """Return the site with its blocked factor as the matrix it stands for: blocks along the diagonal, zeros else."""
+def written_out(site: Site) -> Site:
+    """Return the site with its blocked factor as the matrix it stands for: blocks along the diagonal, zeros else.
+
+    A factor that is as wide as that matrix is one already.
+    """
     role, blocks = site.adapter.option("factor"), site.adapter.option("blocks")
+    wide = site.spec.n_in if role == "A" else site.tensors["A"].value.shape[0]
+    if site.tensors[role].value.shape[1] == wide:
+        return site
 
     def spread(t: Tensor) -> Tensor:
         height, width = t.shape[0] // blocks, t.shape[1]
@@ -45,12 +51,12 @@ def _dense(site: Site) -> Site:
 
 def blocked(m: Machine, site: Site) -> dict[str, Bounded]:
     """Return s B A with A or B block-diagonal."""
-    return delta(m, _dense(site))
+    return delta(m, written_out(site))
 
 
 def blocked_path(m: Machine, site: Site, x: Bounded) -> Bounded:
     """Return s B (A x); the zeros beside the blocks add nothing to the value."""
-    return path(m, _dense(site), x)
+    return path(m, written_out(site), x)
 
 
 FORMULAS = {

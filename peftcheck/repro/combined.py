@@ -11,6 +11,7 @@ from peftcheck.repro.model import number
 from peftcheck.repro.scene import Scene, named
 from peftcheck.spelling import text
 
+_LOW_RANK = frozenset({"lora", "dora", "lora.velora", "lora.monteclora", "lora.kasa", "lora.bdlora"})
 FOUND = f"found = delta({text(INTO)})"
 
 
@@ -66,20 +67,22 @@ def added(scene: Scene, layer: str, changed: str) -> list[str] | None:
         if shape is None:
             return None
         return [head, f"    return start * ({gate}.reshape({shape or (-1,)}) - 1)"]
-    if spec.kind == "mha" or not {"A", "B"} <= own.keys() or formula not in ("lora", "dora"):
+    if spec.kind == "mha" or not {"A", "B"} <= own.keys() or formula not in _LOW_RANK:
         return None
     gain = scene.say.gain(layer, "name")
     if changed == "bias":
         return [head, f"    return {gain} * {tensor(own['B.bias'])}"] if "B.bias" in own else None
     lines = [head, f"    a, b = {tensor(own['A'])}, {tensor(own['B'])}"]
-    product = "b @ a"
+    if formula == "lora.bdlora":  # packed blocks: as many as the width goes into the whole
+        lines.append(f"    a, b = torch.block_diag(*a.chunk({spec.n_in} // a.shape[1])), torch.block_diag(*b.chunk(len(a) // b.shape[1]))")
+    product = "b @ a" if formula != "lora.kasa" else f"(b * {tensor(own['diag'])}) @ a"
     if spec.kind in CONVOLUTIONS:
         groups = spec.groups
         halves = [f"{t}.flatten(1)" if groups == 1 else f"{t}.reshape({groups}, len({t}) // {groups}, -1)" for t in "ba"]
         product = f"({halves[0]} @ {halves[1]}).reshape(len(b), *a.shape[1:])"
     elif spec.kind == "conv1d-transformers" or spec.kind in EMBEDDINGS:
-        product = "(b @ a).T"
-    if formula == "lora":
+        product = f"({product}).T"
+    if formula != "dora":
         return [*lines, f"    return {gain} * {product}"]
     if spec.groups > 1 or "magnitude" not in own:
         return None

@@ -484,3 +484,33 @@ def test_repairs_are_measured_on_the_violating_case(peft):
     assert check(peft, the_case("cat", (1.0, -1.0)), "combine.linear").measurement.repairs == ()
     precision = check(peft, the_case("linear", (0.3,), "float64"), "combine.single").measurement
     assert precision.symptom == "single precision" and precision.repairs == ()
+
+
+# low-rank adapters with something between, in or beside the factors
+
+
+def test_packed_blocks_are_the_matrix_that_they_stand_for():
+    spec, adapter = LayerSpec("proj", "linear", 6, 2), AdapterSpec("a", (0,), 2, 2.0, (("blocks", 2), ("factor", "A")))
+    a, b = torch.tensor([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]]).double(), torch.tensor([[1.0, 10.0], [0.0, 1.0]]).double()
+    site, double = Site(spec, adapter, {"A": leaf(a), "B": leaf(b)}), machine(torch.float64, torch.float64, False)
+    dense = combining.ungrouped(site)
+    assert dense.tensors["A"].value.tolist() == [[1, 2, 3, 0, 0, 0], [0, 0, 0, 4, 5, 6]]
+    assert combining.ungrouped(dense) is dense, "written out once"
+    due = [[1.0, 2.0, 3.0, 40.0, 50.0, 60.0], [0.0, 0.0, 0.0, 4.0, 5.0, 6.0]]
+    for one in (site, dense):
+        assert FORMULAS["lora.bdlora"].delta(double, one)["weight"].value.tolist() == due
+
+
+def test_what_is_kept_beside_the_factors_has_no_part_in_a_budget():
+    spec, double = LayerSpec("proj", "linear", 6, 2), machine(torch.float64, torch.float64, False)
+    own = {"A": leaf(torch.ones(2, 6).double()), "B": leaf(torch.ones(2, 2).double())}
+    sites = [
+        Site(spec, AdapterSpec(name, (0,), 2, 2.0), {**own, "embed": leaf(torch.ones(n).double())})
+        for name, n in (("a", 6), ("b", 2))  # as many as their groups are wide: no two adapters' need be alike
+    ]
+    plain = [replace(site, tensors=own) for site in sites]
+    for rule in (
+        lambda given: budgets.factorwise(double, FORMULAS["lora.velora"], [1.0, 1.0], given, [1.0, 2.0], 1.0),
+        lambda given: budgets.exact(double, FORMULAS["lora.velora"], [1.0, 1.0], given, [1.0, 2.0], True),
+    ):
+        assert torch.equal(rule(sites)["weight"], rule(plain)["weight"])

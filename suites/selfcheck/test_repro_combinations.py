@@ -79,7 +79,11 @@ def test_every_law_of_combinations_has_a_script_or_a_reason():
 
 def asked(variant: str, layer: LayerSpec, kind: str, weights: tuple[float, ...], dtype: str = "float64", **settings) -> Case:
     """Return adapters of rank 2 on one layer, and what is asked of them."""
-    gates = {"ia3": (("feedforward", False),)}.get(variant, ())
+    gates = {
+        "ia3": (("feedforward", False),),
+        "lora.velora": (("groups", 1),),
+        "lora.bdlora": (("blocks", 1), ("factor", "A")),
+    }.get(variant, ())
     own = tuple(AdapterSpec(name, (0,), 2, 4.0, gates) for name in ("x", "y-1", "z")[: max(2, len(weights))])
     extra = tuple(sorted({"kind": kind, "weights": weights, "members": tuple(range(len(weights))), **settings}.items()))
     return Case(Sweep("peft", variant, layer.kind, dtype), 0, 0, (layer,), own, dtype, "normal", values=5, extra=extra)
@@ -100,6 +104,9 @@ HELD = {
     "ties": asked("lora", LINEAR, "ties_svd", (1.0, 0.5), "float32", density=0.5, svd_rank=4),
     "dropped": asked("lora", LINEAR, "dare_linear_svd", (1.0, 0.5), "float32", density=0.75, svd_rank=4, seed=11),
     "merged": asked("lora", LINEAR, "cat", (1.0, -1.7), merged=1),
+    "compressed": asked("lora.velora", LINEAR, "cat", (1.0, -1.7)),
+    "sampled": asked("lora.monteclora", LINEAR, "svd", (1.0, -1.7), "float32", svd_rank=4),
+    "one block": asked("lora.bdlora", LINEAR, "cat", (1.0, -1.7)),
     "gates": asked("ia3", LINEAR, "linear", (0.5, 0.5)),
     "unknown kind": asked("lora", LINEAR, "cat", (1.0, 2.0), request="unknown kind"),
 }

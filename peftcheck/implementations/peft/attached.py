@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import torch
@@ -193,6 +194,7 @@ class PeftAttached:
             "rslora": bool(getattr(config, "use_rslora", False)),
             "feedforward": bool(getattr(config, "feedforward_modules", None)),
         }
+        options |= _blocks(config)
         rank = getattr(config, "r", 1)
         targets = tuple(self.names.index(site) for site in self.sites(adapter))
         alpha = float(getattr(config, "lora_alpha", rank))
@@ -219,6 +221,12 @@ class PeftAttached:
 def _place(tensor: Tensor) -> int:
     """Return a number that only tensors in the same memory share: those without elements have none."""
     return tensor.data_ptr() or -id(tensor)
+
+
+def _blocks(config: Any) -> dict[str, Any]:
+    """Return which factor of a LoRA a configuration makes block-diagonal, and of how many blocks; nothing for others."""
+    given = getattr(config, "use_bdlora", None)
+    return {} if given is None else {"factor": "A" if given.target_modules_bd_a else "B", "blocks": given.nblocks}
 
 
 def _of_attention(module: nn.MultiheadAttention) -> dict[str, Tensor]:

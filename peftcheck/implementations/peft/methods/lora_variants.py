@@ -58,7 +58,7 @@ def _blocks(adapter: AdapterSpec, targets: list[str]) -> dict[str, Any]:
 
 
 def _method(name: str, formula: str, config: Callable, roles: dict[str, str], **given: Any) -> Method:
-    given = {"layers": BOTH, "claim": claim, "options": _RSLORA, **given}
+    given = {"layers": BOTH, "claim": claim, "options": _RSLORA, "combinations": STARTS, **given}
     return Method(Variant(name, formula, **given), config, ROLES | roles)
 
 
@@ -104,7 +104,7 @@ def _methods() -> dict[str, Method]:
 
 
 def _mica() -> Method:
-    return _method("lora.mica", "lora", configured(init_lora_weights="mica"), {}, layers=BOTH.union(EMBEDDINGS), fit=no_wider, dtypes=SINGLE, keeps=keeping("B"), combinations=STARTS)
+    return _method("lora.mica", "lora", configured(init_lora_weights="mica"), {}, layers=BOTH.union(EMBEDDINGS), fit=no_wider, dtypes=SINGLE, keeps=keeping("B"))
 
 
 METHODS = (

@@ -193,7 +193,7 @@ def change(stage: Stage, m: Machine, site: Site) -> Change:
 
 
 def ungrouped(site: Site) -> Site:
-    """Return a low-rank adapter of blocks as one without: B of a grouped convolution written out, or the blocked factor."""
+    """Return a low-rank adapter of blocks as one without: a grouped convolution's B, or a packed factor, written out."""
     if site.adapter.option("blocks") is not None:
         return written_out(site)
     b = site.tensors.get("B")

@@ -21,7 +21,8 @@ from peftcheck.record import QuantizedRecord
 from peftcheck.rounding import DTYPES
 from peftcheck.selection import PROFILES, Filters, Profile
 
-UNCOMBINED = frozenset({"mha"})  # layers of several weights: the laws of combinations compare one
+# layers of several weights: the laws of combinations compare one (test_combined_attention.py has closed forms)
+UNCOMBINED = frozenset({"mha"})
 _PROBES = 40  # cases drawn, not built, to learn what the library claims on a sweep
 
 

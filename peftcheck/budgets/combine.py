@@ -39,7 +39,7 @@ def _unscaled(adapter: AdapterSpec) -> AdapterSpec:
 
 
 def _factors(formula: Formula, site: Site) -> tuple[str, ...]:
-    """Return the roles of what the change is a product of: not of what is kept beside it, for training or as it came."""
+    """Return the roles of what the change is a product of: not of what is kept beside it."""
     return tuple(role for role in site.tensors if formula.hints.get(role) != "keep")
 
 

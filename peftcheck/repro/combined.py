@@ -74,7 +74,8 @@ def added(scene: Scene, layer: str, changed: str) -> list[str] | None:
         return [head, f"    return {gain} * {tensor(own['B.bias'])}"] if "B.bias" in own else None
     lines = [head, f"    a, b = {tensor(own['A'])}, {tensor(own['B'])}"]
     if formula == "lora.bdlora":  # packed blocks: as many as the width goes into the whole
-        lines.append(f"    a, b = torch.block_diag(*a.chunk({spec.n_in} // a.shape[1])), torch.block_diag(*b.chunk(len(a) // b.shape[1]))")
+        lines.append(f"    a = torch.block_diag(*a.chunk({spec.n_in} // a.shape[1]))")
+        lines.append("    b = torch.block_diag(*b.chunk(len(a) // b.shape[1]))")
     product = "b @ a" if formula != "lora.kasa" else f"(b * {tensor(own['diag'])}) @ a"
     if spec.kind in CONVOLUTIONS:
         groups = spec.groups

@@ -387,6 +387,8 @@ def test_what_is_no_ledger_is_refused(path):
         ({"poison": {"value": "inf"}}, False),
         ({"extra": {"kind": "svd"}}, False),
         ({"profile": "normal", "adapter_dtype": "float64", "safe": False}, True),
+        ({"adapters": 1}, True),
+        ({"adapters": ">1"}, False),
     ],
 )
 def test_where_covers_what_its_conditions_say(table, covered):

@@ -25,8 +25,12 @@ def model_case(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
     settings: dict[str, Any] = {name: rng.choice(choices) for name, choices in blueprint.settings.items()}
     if variant.bias is not None and "bias" in settings:
         settings["bias"] = variant.bias
+    if variant.by_name and "tied" in settings:
+        settings["tied"] = False
     layers = transformer_models.layers(sweep.layer, settings)
     spelling = rng.choice(SPELLINGS)
+    if variant.by_name and spelling == "all-linear":
+        spelling = "names"
     head = next(spec for spec in layers if spec.name == blueprint.head)
     settings["save_head"] = head.tied is None and rng.random() < 0.35
     adapters = _adapters(rng, variant, layers, blueprint, settings, spelling)

@@ -116,6 +116,8 @@ class Variant:
     `keeps`: the roles of what a checkpoint of the adapter holds besides its trainable tensors, once each (indices, a
     saved projection); frozen tensors of other roles are made anew on loading, from the options and the base.
     `batches`: the leading shapes of the inputs that a layer alone is given, where the method does not take any (empty: any).
+    `by_name`: of a whole model it is asked for layers by their names alone, none of which another is tied to: the library
+    has rules of its own for the rest.
     `like`: the variant whose code this one runs but for what is read of the options once: not every quick run asks both.
     """
 
@@ -146,6 +148,7 @@ class Variant:
     dropped: frozenset[str] = frozenset()
     keeps: Callable[[AdapterSpec], frozenset[str]] = _trainables_only
     batches: tuple[tuple[int, ...], ...] = ()
+    by_name: bool = False
     like: str = ""
     source: str = ""
 

@@ -33,7 +33,7 @@ def roundtrip(m: Machine, formula: Formula, sites: Sequence[Site], base: Base) -
         deltas.append(formula.delta(m, site))
         stages.append({**base, **stages[-1], **formula.merge(m, site, stages[-1])})
     budget = {}
-    for name in {name for change in deltas for name in change}:
+    for name in dict.fromkeys(name for change in deltas for name in change):
         path = [stage[name] for stage in stages]
         error = torch.zeros_like(path[0].value)
         if all(value.quantum is not None for value in path):

@@ -219,7 +219,7 @@ def _room(stage: Stage, spec: LayerSpec) -> dict[str, Tensor]:
     A tied layer moves with the weight that it shares.
     """
     found: dict[str, Tensor] = {}
-    for name in {spec.name, spec.tied} & set(stage.targeted):
+    for name in (one for one in stage.targeted if one in (spec.name, spec.tied)):
         budget, extra = stage.roundtrip(name), stage.documented(name)
         for tensor, room in budget.items():
             room = room + extra.get(tensor, 0.0)

@@ -76,6 +76,8 @@ def _without(stage: Stage, others: Sequence[str]) -> tuple[Tensor, ...] | None:
 
 def _storages(stage: Stage, victim: str, others: Sequence[str]) -> set[int]:
     """Return where the adapter's own tensors lie: not what it shares with other adapters or the base."""
+    listed = stage.attached.adapters() if isinstance(stage.attached, Combines) else ()
+    others = {*others, *listed} - {victim}  # experts that a router leads to are adapters of their own
     shared = {t.data_ptr() for name in others for t in stage.attached.adapter_tensors(name).values()}
     shared |= {t.data_ptr() for t in stage.attached.base_tensors().values()}
     return {t.data_ptr() for t in stage.attached.adapter_tensors(victim).values() if t.numel()} - shared

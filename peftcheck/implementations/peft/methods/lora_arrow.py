@@ -25,13 +25,16 @@ _ROLES = {f"{role}{factor}.{index}": f"{role}{factor}.{index}" for role in ("", 
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> LoraConfig:
-    """Return the router's configuration; PEFT fills in the experts' names."""
+    """Return the router's configuration, with the names that PEFT gives the experts: one that is added again needs them."""
     own = ArrowConfig(
         top_k=adapter.option("most"),
         router_temperature=adapter.option("temperature"),
         use_gks=adapter.option("general") > 0,
         rng_seed=0,
     )
+    own.task_adapter_names = [f"task_{index}" for index in range(adapter.option("experts"))]
+    if adapter.option("general"):
+        own.gks_adapter_names = [f"gks_{index}" for index in range(adapter.option("general"))]
     return LoraConfig(r=adapter.rank, target_modules=targets, arrow_config=own)
 
 
@@ -79,12 +82,16 @@ def _scripted(config: Any, adapter: AdapterSpec) -> tuple[tuple[str, ...], tuple
 def _own(module: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the factors of the experts and of the general adapters, and those that the router has and does not use.
 
-    The directions of the experts are there once a forward has looked for them.
+    An expert is an adapter, too: of one, its own factors. The directions of the experts are there once a forward has looked for them.
     """
     router = getattr(module, "lora_arrow", nn.ModuleDict())
     if adapter in router:
         yield from ((f"router.{name}", tensor) for name, tensor in router[adapter].named_buffers())
-    if adapter not in router or adapter not in module.lora_A:
+    if adapter not in module.lora_A:
+        return
+    if adapter not in router:
+        yield "A", module.lora_A[adapter].weight
+        yield "B", module.lora_B[adapter].weight
         return
     for label, prefix in (("", "task_"), ("general.", "gks_")):
         for index in range(MOST):

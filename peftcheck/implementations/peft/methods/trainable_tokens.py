@@ -51,6 +51,7 @@ METHODS = (
             fit_all=disjoint,
             claim=claim,
             inverts=Inverts.EXACT,
+            by_name=True,  # PEFT wraps what is tied to a target, too; without modules to save 'all-linear' takes the head
         ),
         _config,
         {"trainable_tokens_delta": "rows", "trainable_tokens_original": "original"},

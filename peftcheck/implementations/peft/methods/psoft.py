@@ -63,6 +63,7 @@ def _method(name: str, **options) -> Method:
         fit=fit,
         claim=claim,
         dtypes=frozenset({"float32", "bfloat16", "float16"}),
+        avoids=frozenset({"cancelling"}),  # which changes the base after A and B were taken from it
     )
     return Method(variant, _config, ROLES)
 

@@ -15,7 +15,7 @@ from peft.tuners.lora.config import ArrowConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from peftcheck.case import AdapterSpec, LayerSpec
+from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import MERGES, Method
 from peftcheck.oracle.experts import MOST
@@ -25,17 +25,21 @@ _ROLES = {f"{role}{factor}.{index}": f"{role}{factor}.{index}" for role in ("", 
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> LoraConfig:
-    """Return the router's configuration, with the names that PEFT gives the experts: one that is added again needs them."""
+    """Return the router's configuration; PEFT fills in the experts' names."""
     own = ArrowConfig(
         top_k=adapter.option("most"),
         router_temperature=adapter.option("temperature"),
         use_gks=adapter.option("general") > 0,
         rng_seed=0,
     )
-    own.task_adapter_names = [f"task_{index}" for index in range(adapter.option("experts"))]
-    if adapter.option("general"):
-        own.gks_adapter_names = [f"gks_{index}" for index in range(adapter.option("general"))]
     return LoraConfig(r=adapter.rank, target_modules=targets, arrow_config=own)
+
+
+def _named(model: nn.Module, config: LoraConfig, adapter: str, case: Case) -> None:
+    """Tell a router that is added again its experts, which `create_arrow_model` does for the first."""
+    own, spec = config.arrow_config, case.adapters[0]
+    own.task_adapter_names = [f"task_{index}" for index in range(spec.option("experts"))]
+    own.gks_adapter_names = [f"gks_{index}" for index in range(spec.option("general"))]
 
 
 def _attach(model: nn.Module, config: Any, adapter: AdapterSpec, autocast: bool, mixed: bool) -> PeftModel:
@@ -132,6 +136,7 @@ METHODS = (
         ),
         _config,
         _ROLES,
+        before=_named,
         attach=_attach,
         own=_own,
         scripted=_scripted,

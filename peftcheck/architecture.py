@@ -69,7 +69,9 @@ def difference(found: Architecture, expected: Architecture) -> Measurement:
             return broken(f"{name}:module", "training flag", f"'{name}'.training is {training}, was {training0}")
     for name in sorted(found.tensors.keys() | expected.tensors.keys()):
         if found.tensors.get(name) != expected.tensors.get(name):
-            return broken(f"{name}:module", "tensor", f"'{name}' is {found.tensors.get(name)}, was {expected.tensors.get(name)}")
+            return broken(
+                f"{name}:module", "tensor", f"'{name}' is {found.tensors.get(name)}, was {expected.tensors.get(name)}"
+            )
     if found.shared != expected.shared:
         return broken(":module", "tying", f"shared tensors are {_sets(found)}, were {_sets(expected)}")
     return NOTHING

@@ -25,8 +25,12 @@ def show(target: str, seconds: float, filters: dict[str, tuple[str, ...]]) -> No
     """Walk sweeps for a while, unprofiled for the rate, then profiled for the shares; print both."""
     implementation = port.load(target)
     everything = laws()
-    chosen = suite.cells(implementation, everything, suite.validated(suite.Filters(**filters), implementation, everything))
-    sweeps = [s for s in dict.fromkeys(c.sweep for c in chosen) if s.layer in implementation.variants()[s.variant].layers]
+    chosen = suite.cells(
+        implementation, everything, suite.validated(suite.Filters(**filters), implementation, everything)
+    )
+    sweeps = [
+        s for s in dict.fromkeys(c.sweep for c in chosen) if s.layer in implementation.variants()[s.variant].layers
+    ]
     checks, cases, spent = _walk(implementation, sweeps, everything, seconds / 2)
     profiler = cProfile.Profile()
     profiler.enable()
@@ -34,7 +38,9 @@ def show(target: str, seconds: float, filters: dict[str, tuple[str, ...]]) -> No
     profiler.disable()
     shares = _shares(pstats.Stats(profiler), implementation.folders)
     console = Console()
-    console.print(f"{checks / spent:.0f} law checks a second on one core ({checks} checks, {cases} cases, {spent:.1f} s)")
+    console.print(
+        f"{checks / spent:.0f} law checks a second on one core ({checks} checks, {cases} cases, {spent:.1f} s)"
+    )
     table = Table("part", "share of the time")
     for part in _PARTS:
         table.add_row(part, f"{shares[part]:.0%}")

@@ -64,7 +64,7 @@ KERNELS: dict[str, Probe] = {
     "conv1d": _convolution(F.conv1d, 1),
     "conv2d": _convolution(F.conv2d, 2),
     "conv3d": _convolution(F.conv3d, 3),
-    "sum": _rows(lambda n: (_BATCH, n), lambda x, w, b: (x.sum(-1)[:, None] + 0 * b)),
+    "sum": _rows(lambda n: (_BATCH, n), lambda x, w, b: x.sum(-1)[:, None] + 0 * b),
 }
 
 

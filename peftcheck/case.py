@@ -118,7 +118,9 @@ class LayerSpec:
                 if any(v != 1 for v in values):
                     text += f", {label} {'x'.join(map(str, values))}"
             if self.padding and self.padding != (0,) * len(self.kernel):
-                text += f", padding {self.padding if isinstance(self.padding, str) else 'x'.join(map(str, self.padding))}"
+                text += (
+                    f", padding {self.padding if isinstance(self.padding, str) else 'x'.join(map(str, self.padding))}"
+                )
             if self.groups != 1:
                 text += f", groups {self.groups}"
             if self.padding_mode != "zeros":
@@ -223,7 +225,9 @@ class Case:
         )
         dtype = self.sweep.dtype + ("" if self.adapter_dtype == self.sweep.dtype else f", adapter {self.adapter_dtype}")
         extra = "".join(f", {key} {value}" for key, value in self.extra)
-        return f"{self.sweep.variant} on [{layers}], {dtype}, values '{self.profile}' ({self.values}){extra}: {adapters}"
+        return (
+            f"{self.sweep.variant} on [{layers}], {dtype}, values '{self.profile}' ({self.values}){extra}: {adapters}"
+        )
 
 
 def to_plain(value: Any) -> Any:

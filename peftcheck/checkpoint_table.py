@@ -13,7 +13,8 @@ from peftcheck.staging import set_up
 
 TITLE = "What a checkpoint holds"
 _COLUMNS = (
-    "variant", "held besides, as declared", "trainable bytes", "declared besides", "values written", "container", "written / trainable",
+    "variant", "held besides, as declared", "trainable bytes", "declared besides", "values written",
+    "container", "written / trainable",
 )  # fmt: skip
 _NOTE = (
     "One adapter of rank 8 (less where the method asks for it) on four layers of 64 inputs and 48 outputs, float32. "

@@ -53,7 +53,9 @@ def _filtered(command: Callable) -> Callable:
 @click.option("--profile", default="quick", show_default=True, help="quick, full or nightly.")
 @click.option("--seed", type=int, default=None, help="Seed of the generator (0; fresh and printed in nightly).")
 @click.option("--shard", metavar="I/N", default=None, help="Only every n-th sweep.")
-@click.option("--ledger", default=None, metavar="PATH", help="Ledger of known issues (default: the implementation's own).")
+@click.option(
+    "--ledger", default=None, metavar="PATH", help="Ledger of known issues (default: the implementation's own)."
+)
 @click.option("--no-ledger", is_flag=True, help="Count known issues as violations.")
 @click.option("--record", default=None, metavar="PATH", help="Write the record here.")
 @click.option("--html", default=None, metavar="PATH", help="Write the HTML report here.")

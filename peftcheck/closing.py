@@ -22,7 +22,14 @@ SHRINK_CHECKS = 4000  # for all defects of a run together
 _PACKAGES = ("torch", "numpy", "transformers", "bitsandbytes", "torchao", "optimum-quanto", "hqq", "accelerate")
 
 
-def assemble(session: Session, results: dict[str, dict], expected: Sequence[str], died: set[str], calibration: dict, started: float) -> tuple[Record, frozenset[str]]:
+def assemble(
+    session: Session,
+    results: dict[str, dict],
+    expected: Sequence[str],
+    died: set[str],
+    calibration: dict,
+    started: float,
+) -> tuple[Record, frozenset[str]]:
     """Return the record of a run, and the ids of the cells for which the harness cannot vouch.
 
     `results`: plain verdicts by cell id; `expected`: every collected id; `died`: ids over which a worker died. A cell
@@ -107,7 +114,20 @@ def _number(text: str | None) -> float | None:
 def _cell(plain: dict[str, Any]) -> CellRecord:
     ratio = _number(plain["ratio"])
     worst = Worst(plain["token"], plain["words"]) if plain["token"] else None
-    same = ("id", "law", "variant", "layer", "dtype", "quantizer", "kind", "status", "cases", "fingerprint", "issue", "message")
+    same = (
+        "id",
+        "law",
+        "variant",
+        "layer",
+        "dtype",
+        "quantizer",
+        "kind",
+        "status",
+        "cases",
+        "fingerprint",
+        "issue",
+        "message",
+    )
     return CellRecord(
         **{name: plain[name] for name in same},
         ratio=ratio,

@@ -29,9 +29,14 @@ from peftcheck.stage import Stage
 
 INTO = "combined"
 REQUESTS = (
-    "unknown kind", "unknown adapter", "fewer weights", "no adapter",
-    "unequal ranks", "driver",
-    "taken name", "no density",
+    "unknown kind",
+    "unknown adapter",
+    "fewer weights",
+    "no adapter",
+    "unequal ranks",
+    "driver",
+    "taken name",
+    "no density",
 )
 """Requests that mean nothing, as `combine.refuses` puts them."""
 OPTIONS = ("svd_rank", "svd_clamp", "svd_full_matrices", "density", "majority_sign_method")
@@ -53,7 +58,9 @@ class Combination:
     kind: Kind
     members: tuple[int, ...]
     weights: tuple[float, ...]
-    options: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)  # compared all the same
+    options: Mapping[str, Any] = field(
+        default_factory=lambda: MappingProxyType({}), hash=False
+    )  # compared all the same
     seed: int = 0
 
     def but(self, **changes: Any) -> Combination:
@@ -128,7 +135,9 @@ def combine(stage: Stage, asked: Combination, into: str = INTO, sources: Sequenc
     if merged is not None and not any(stage.attached.merged().values()):
         stage.attached.merge((stage.names[merged],))
     names = [stage.names[index] for index in asked.members] if sources is None else list(sources)
-    torch.default_generator.manual_seed(asked.seed)  # the processor's alone: asking for every device costs more than combining
+    torch.default_generator.manual_seed(
+        asked.seed
+    )  # the processor's alone: asking for every device costs more than combining
     try:
         with torch.no_grad():
             stage.attached.combine(names, asked.weights, asked.name, into, **asked.options)
@@ -274,7 +283,9 @@ def ideal(stage: Stage, asked: Combination, layer: str) -> Change:
     parts = changes(stage, asked, layer)
     method = asked.options.get("majority_sign_method", "total")
     return {
-        name: definition(stage.machine.adapter, asked.kind, [one[name] for one in parts], weights, asked.density, method)
+        name: definition(
+            stage.machine.adapter, asked.kind, [one[name] for one in parts], weights, asked.density, method
+        )
         for name in parts[0]
     }
 
@@ -335,7 +346,9 @@ def sound(stage: Stage, asked: Combination) -> bool:
     """Return whether every weighted factor and delta stays clear of overflow, so that numbers mean anything."""
     largest = min(stage.machine.adapter.store.largest, stage.machine.base.store.largest) / 16
     for layer in layers(stage, asked):
-        reach = sum(max(1.0, abs(weight)) * _reach(stage, index, layer) for index, weight in _members(stage, asked, layer))
+        reach = sum(
+            max(1.0, abs(weight)) * _reach(stage, index, layer) for index, weight in _members(stage, asked, layer)
+        )
         if not reach / asked.density**2 <= largest:
             return False
     return True

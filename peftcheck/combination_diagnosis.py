@@ -17,7 +17,9 @@ from peftcheck.oracle.combination import cross_share
 from peftcheck.stage import Stage
 
 
-def explained(stage: Stage, asked: Combination, made: Combined, layer: str, found: Change, violation: Measurement) -> Measurement:
+def explained(
+    stage: Stage, asked: Combination, made: Combined, layer: str, found: Change, violation: Measurement
+) -> Measurement:
     """Return a violated comparison with sum w_i D_i, its symptom named after the cause, its note saying what to do."""
     if violation.symptom != "numeric":
         return violation
@@ -36,7 +38,9 @@ def _causes(
         yield "single precision", "right to float32 only, where the adapters are float64"
     if stage.formula.delta is None:
         factored = "A" in combining.sources(stage, asked, layer)[0][0].tensors
-        lost = _not_copied(stage, asked, made, layer) if factored else identity_lost(stage, asked, layer, name, found, due)
+        lost = (
+            _not_copied(stage, asked, made, layer) if factored else identity_lost(stage, asked, layer, name, found, due)
+        )
         if lost is not None:
             yield lost
     short = stored_shorter(stage, made, layer)
@@ -55,7 +59,10 @@ def _causes(
         yield wrong or whole
     exact = cross_energy(stage, asked, layer, found) if asked.kind.rank == "common" and name == "weight" else None
     if exact is not None:
-        yield "cross terms", f"{100 * exact:.2g} % of the combined delta lies in B_i A_j with i != j, which nobody asked for"
+        yield (
+            "cross terms",
+            f"{100 * exact:.2g} % of the combined delta lies in B_i A_j with i != j, which nobody asked for",
+        )
     elif asked.kind.rank == "common":
         yield "cross terms", f"each adapter alone is right; {share} of the combined delta was not asked for"
     yield "numeric", f"each adapter alone is right; {share} of the combined delta was not asked for"
@@ -154,7 +161,9 @@ def identity_lost(
     base, wrong = stage.base(layer)[name].value, found - due
     energy = float((base * base).sum())
     factor = float((wrong * base).sum()) / energy if energy else 0.0
-    if not energy or float(torch.linalg.vector_norm(wrong - factor * base)) > 2.0**-6 * float(torch.linalg.vector_norm(wrong)):
+    if not energy or float(torch.linalg.vector_norm(wrong - factor * base)) > 2.0**-6 * float(
+        torch.linalg.vector_norm(wrong)
+    ):
         return None
     if abs(sum(asked.weights) - 1) < 2.0**-20:
         return "absent counted as zero", (
@@ -202,7 +211,9 @@ def cross_energy(stage: Stage, asked: Combination, layer: str, found: Tensor) ->
     m, whole = combining.plain_machine(stage), [combining.ungrouped(site) for site in sites]
     pairs = [
         [
-            combining.change(stage, m, replace(left, tensors={"A": right.tensors["A"], "B": left.tensors["B"]}))["weight"].value
+            combining.change(stage, m, replace(left, tensors={"A": right.tensors["A"], "B": left.tensors["B"]}))[
+                "weight"
+            ].value
             for right in whole
         ]
         for left in whole
@@ -216,7 +227,10 @@ def repairs(stage: Stage, asked: Combination) -> tuple[Repair, ...]:
     if stage.formula.delta is None:
         return ()
     ranks = sum(combining.highest_rank(stage.case.adapters[index]) for index in asked.members)
-    tried = [(asked.of("cat", density=None), ranks), (asked.of("svd", density=None, svd_rank=ranks, svd_clamp=None), ranks)]
+    tried = [
+        (asked.of("cat", density=None), ranks),
+        (asked.of("svd", density=None, svd_rank=ranks, svd_clamp=None), ranks),
+    ]
     found = []
     for candidate, rank in tried:
         if candidate.name == asked.name or combining.promise(stage, candidate) in (None, Promise.UNSPECIFIED):

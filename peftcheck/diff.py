@@ -104,9 +104,7 @@ def diff(old: Record, new: Record) -> Diff:
             }
         ),
         halved=tuple(
-            Change(b.id, number(a.headroom), number(b.headroom))
-            for a, b in both
-            if b.id not in moved and _halved(a, b)
+            Change(b.id, number(a.headroom), number(b.headroom)) for a, b in both if b.id not in moved and _halved(a, b)
         ),
         gained=tuple(sorted(after.keys() - before.keys())),
     )
@@ -196,10 +194,7 @@ def _sections(diff: Diff) -> list[tuple[str, tuple[str, ...], list[tuple[str, ..
         title: (
             title,
             ("law", "defect", "cells", "ratio"),
-            [
-                (defect.law, defect.headline, f"{len(defect.cells):,}", number(defect.ratio))
-                for defect in found
-            ],
+            [(defect.law, defect.headline, f"{len(defect.cells):,}", number(defect.ratio)) for defect in found],
         )
         for title, found in causes
     }
@@ -226,9 +221,7 @@ def render_text(diff: Diff) -> Group:
         # Text objects, not strings: rich would read markup in a string.
         table = Table(title=Text(f"{title} ({len(rows):,})"), title_justify="left")
         for column in columns:
-            table.add_column(
-                column, overflow="fold", justify="right" if column in ("cells", "ratio") else "left"
-            )
+            table.add_column(column, overflow="fold", justify="right" if column in ("cells", "ratio") else "left")
         for row in rows[:_SHOWN]:
             table.add_row(*(Text(line(value)) for value in row))
         parts += [Text(""), table]

@@ -34,7 +34,10 @@ Watch = Callable[[Case, str], contextlib.AbstractContextManager[None]]
 def pinned() -> Iterator[None]:
     """Pin what numerics depend on (threads, precision, determinism, dtype, random state); put all of it back."""
     threads, matmul, dtype = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    deterministic, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
@@ -74,7 +77,9 @@ def check(implementation: Implementation, case: Case, laws: Sequence[Law], watch
         return Scene(implementation, case, watch).run(laws)
 
 
-def _refused(implementation: Implementation, case: Case, law: Law, watch: Watch, speaks="refuse.attach", judge_it=attach_refused) -> Outcome:
+def _refused(
+    implementation: Implementation, case: Case, law: Law, watch: Watch, speaks="refuse.attach", judge_it=attach_refused
+) -> Outcome:
     """Judge a layer that the variant does not accept: the one law that speaks of it is `refuse.attach`.
 
     Of a quantized layer that it must not merge into, `quantize.refuses`.

@@ -85,7 +85,9 @@ def _dropping(variant: Variant, sweep: Sweep, key: str, adapters: tuple[AdapterS
     if "dropout" not in variant.options or sweep.layer in variant.undropped:
         return adapters
     rng = random.Random(f"{sweep}|{key}|dropout")
-    drawn = {name: rng.choice(choices) for name, choices in sorted(variant.options.items()) if name.startswith("dropout")}
+    drawn = {
+        name: rng.choice(choices) for name, choices in sorted(variant.options.items()) if name.startswith("dropout")
+    }
     if not drawn["dropout"]:
         return adapters
     return tuple(replace(a, options=tuple(sorted({**dict(a.options), **drawn}.items()))) for a in adapters)
@@ -118,7 +120,9 @@ def _quantized(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
     apart = random.Random(f"{sweep}|{seed}|{index}|rare")
     rare = {key: apart.choice(choices) for key, choices in sorted(declared.rare.items())}
     merges = variant.quantizers.get(sweep.quantizer) is Claim.YES
-    names = rng.choice(_LAYER_NAMES)[: rng.choice([1, 1, 2]) if merges else 1]  # of several, some may merge before one refuses
+    names = rng.choice(_LAYER_NAMES)[
+        : rng.choice([1, 1, 2]) if merges else 1
+    ]  # of several, some may merge before one refuses
     layers = tuple(_quantized_layer(rng, variant, declared, settings, name, merges) for name in names)
     few = replace(variant, most_adapters=min(1 if declared.searched else 2, variant.most_adapters))
     adapters = _adapters(rng, few, layers, _targets(rng, layers), False)
@@ -155,7 +159,9 @@ def _quantized_layer(rng: random.Random, variant: Variant, declared, settings, n
     heights = declared.heights if merges else [n for n in declared.heights if n <= 32]
     for _ in range(_TRIES):
         spec = variant.admit(LayerSpec(name, "linear", rng.choice(widths), rng.choice(heights), bias=bias))
-        if quantizers.fits(declared.name, spec, settings) and (not wanted or quantizers.forwards(declared.name, spec, settings)):
+        if quantizers.fits(declared.name, spec, settings) and (
+            not wanted or quantizers.forwards(declared.name, spec, settings)
+        ):
             return spec
     raise HarnessError(f"no layer that {variant.name} admits fits {declared.name} with {settings}")
 
@@ -176,7 +182,9 @@ def _layers(rng: random.Random, variant: Variant, kind: str) -> tuple[LayerSpec,
     for name in names[:count]:
         layers.append(variant.admit(_layer(rng, variant, kind, name)))
     if kind in ("linear", *EMBEDDINGS) and count > 1 and rng.random() < 0.15:
-        layers[-1] = replace(layers[0], name=layers[-1].name, tied=layers[0].name, bias=layers[-1].bias and kind == "linear")
+        layers[-1] = replace(
+            layers[0], name=layers[-1].name, tied=layers[0].name, bias=layers[-1].bias and kind == "linear"
+        )
     return tuple(layers)
 
 
@@ -231,7 +239,10 @@ def convolution(rng: random.Random, kind: str, name: str, bias: bool) -> LayerSp
     mode = rng.choice(["zeros", "zeros", "zeros", "circular", "reflect", "replicate"])
     extent = tuple((k - 1) * d + 1 + rng.randint(0, 3) for k, d in zip(kernel, dilation, strict=True))
     if mode != "zeros":  # padding by reflection needs an input larger than the padding
-        reach = [(k - 1) * d if padding == "same" else 0 if padding == "valid" else p for k, d, p in zip(kernel, dilation, _widths(padding, dims), strict=True)]
+        reach = [
+            (k - 1) * d if padding == "same" else 0 if padding == "valid" else p
+            for k, d, p in zip(kernel, dilation, _widths(padding, dims), strict=True)
+        ]
         extent = tuple(max(e, r + 1) for e, r in zip(extent, reach, strict=True))
     return LayerSpec(name, kind, n_in, n_out, bias, kernel, stride, padding, dilation, groups, mode, extent)
 
@@ -257,7 +268,9 @@ def _adapters(rng, variant: Variant, layers, targets, exact: bool) -> tuple[Adap
             own = _targets(rng, layers)
         rank = rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 5, 8, 17])
         alpha = rank * rng.choice([1.0, 2.0, 0.5]) if exact else rng.choice([1.0, 0.5, 8.0, 16.0, 3.0, float(rank)])
-        plain = ((key, choices) for key, choices in sorted(variant.options.items()) if key.partition(".")[0] != "dropout")
+        plain = (
+            (key, choices) for key, choices in sorted(variant.options.items()) if key.partition(".")[0] != "dropout"
+        )
         options = {key: rng.choice(choices) for key, choices in plain}
         adapter = AdapterSpec(name, own, rank, alpha, tuple(sorted(options.items())))
         made.append(variant.fit(adapter, layers, exact))

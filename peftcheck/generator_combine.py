@@ -25,7 +25,19 @@ _DYADIC = (1.0, 1.0, -1.0, 2.0, -2.0, 0.5, 0.0, 3.0)
 _NAMED = ((-1.0,), (1.0, -1.0), (2.0, -1.0, 0.5))  # a single one negated, a difference, an analogy
 _PLAIN = ((1.0, 1.0), (1.0, -1.0), (0.7, 0.3), (2.0, -1.0, 0.5), (-1.0, 0.5, 1.0))
 _PLAIN_DYADIC = ((1.0, 1.0), (1.0, -1.0), (2.0, -0.5), (2.0, -1.0, 0.5))
-_PROFILES = ("normal", "normal", "normal", "probe", "probe", "parallel", "duplicated", "onehot", "large", "small", "zero")
+_PROFILES = (
+    "normal",
+    "normal",
+    "normal",
+    "probe",
+    "probe",
+    "parallel",
+    "duplicated",
+    "onehot",
+    "large",
+    "small",
+    "zero",
+)
 
 
 def combination_case(variant: Variant, sweep: Sweep, kind: str, seed: int, index: int, exact: bool = False) -> Case:
@@ -48,7 +60,10 @@ def combination_case(variant: Variant, sweep: Sweep, kind: str, seed: int, index
         members = list(range(len(adapters)))
         if rng.random() < 0.15:
             members.append(rng.choice(members))
-        settings = {"weights": _weights(rng, len(members), exact), **_options(rng, variant, way, case.layers, adapters, members)}
+        settings = {
+            "weights": _weights(rng, len(members), exact),
+            **_options(rng, variant, way, case.layers, adapters, members),
+        }
         merged = rng.randrange(len(adapters))
         if rng.random() < 0.15 and _merges(variant, case.layers, adapters[merged]):
             settings["merged"] = merged
@@ -111,13 +126,17 @@ def _merges(variant: Variant, layers: Sequence[LayerSpec], adapter: AdapterSpec)
     return claims == {Claim.YES}
 
 
-def _adapters(rng: random.Random, variant: Variant, layers: Sequence[LayerSpec], way: Kind, exact: bool) -> tuple[AdapterSpec, ...]:
+def _adapters(
+    rng: random.Random, variant: Variant, layers: Sequence[LayerSpec], way: Kind, exact: bool
+) -> tuple[AdapterSpec, ...]:
     count = rng.choice([1, 2, 2, 2, 3, 3, 4, 5]) if variant.most_adapters > 1 else 1
     names = rng.choice(_NAMES)
     own = [index for index, spec in enumerate(layers) if spec.tied is None]
     targets = tuple(sorted(rng.sample(own, rng.randint(1, len(own)))))
     # kinds that add factors need one rank; unequal ones are drawn at times, to be refused
-    common = rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 8]) if way.rank == "common" and rng.random() < 0.95 else None
+    common = (
+        rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 8]) if way.rank == "common" and rng.random() < 0.95 else None
+    )
     options = {key: rng.choice(choices) for key, choices in sorted(variant.options.items())}
     made = []
     for name in names[:count]:
@@ -125,7 +144,9 @@ def _adapters(rng: random.Random, variant: Variant, layers: Sequence[LayerSpec],
         if made and rng.random() < 0.2:
             options = {key: rng.choice(choices) for key, choices in sorted(variant.options.items())}
         rank = common or rng.choice([1, 4, 16] if exact else [1, 2, 3, 4, 4, 8])
-        alpha = rank * rng.choice([1.0, 2.0, 0.5]) if exact else rng.choice([1.0, 0.5, 8.0, 3.0, float(rank), 2.0 * rank])
+        alpha = (
+            rank * rng.choice([1.0, 2.0, 0.5]) if exact else rng.choice([1.0, 0.5, 8.0, 3.0, float(rank), 2.0 * rank])
+        )
         made.append(AdapterSpec(name, mine, rank, alpha, tuple(sorted(options.items()))))
     union = tuple(sorted({target for adapter in made for target in adapter.targets}))
     # what is combined lies on every layer of any: its rank, made of theirs, must suit all of them
@@ -153,7 +174,9 @@ def _options(rng: random.Random, variant: Variant, way: Kind, layers, adapters, 
         whole = sum(adapters[m].rank for m in members)
         wide = rng.random()
         if wide < 0.9:  # above the smaller side of a layer there is no such rank: drawn at times
-            options["svd_rank"] = max(1, min(least, rng.choice([whole, whole, least, 1, 2, 3, max(a.rank for a in adapters)])))
+            options["svd_rank"] = max(
+                1, min(least, rng.choice([whole, whole, least, 1, 2, 3, max(a.rank for a in adapters)]))
+            )
         elif wide < 0.95:
             options["svd_rank"] = whole
         if "svd_rank" in options:

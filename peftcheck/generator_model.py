@@ -49,7 +49,10 @@ def model_case(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
         joint=rng.random() < 0.6,
         cycles=2,
         # the first case has something to say to every law: whole models are dear, and quick looks at one
-        poison=Poison(rng.choice(["nan", "inf", "overflow", "tame"][: 4 if index else 2]), *(rng.randrange(n) for n in (8, 64, 64, 4096))),
+        poison=Poison(
+            rng.choice(["nan", "inf", "overflow", "tame"][: 4 if index else 2]),
+            *(rng.randrange(n) for n in (8, 64, 64, 4096)),
+        ),
         extra=tuple(sorted({**settings, "spelling": spelling}.items())),
     )
 
@@ -73,7 +76,11 @@ def _targets(rng, variant: Variant, layers: Sequence[LayerSpec], blueprint, sett
 
     A variant that accepts none of the model's layers is asked for those that users adapt, and has to refuse.
     """
-    able = [i for i, spec in enumerate(layers) if spec.kind in variant.layers and spec.tied is None and variant.admit(spec) == spec]
+    able = [
+        i
+        for i, spec in enumerate(layers)
+        if spec.kind in variant.layers and spec.tied is None and variant.admit(spec) == spec
+    ]
     able = [i for i in able if not (settings["save_head"] and layers[i].name == blueprint.head)]
     linear = [i for i in able if layers[i].kind in LINEAR]
     if blueprint.task == "CAUSAL_LM":

@@ -277,11 +277,15 @@ def load(target: str) -> Implementation:
         else:
             found = [entry for entry in entry_points(group=GROUP) if entry.name == target]
             if not found:
-                raise UsageError(f"unknown implementation '{target}': choose from {', '.join(names())}, or give module:attribute")
+                raise UsageError(
+                    f"unknown implementation '{target}': choose from {', '.join(names())}, or give module:attribute"
+                )
             made = found[0].load()
         return made() if callable(made) else made
     except ModuleNotFoundError as error:
         missing = (error.name or str(error)).partition(".")[0]
-        raise UsageError(f"'{target}' needs the package '{missing}': pip install 'peftcheck[{target}]' or {missing}") from error
+        raise UsageError(
+            f"'{target}' needs the package '{missing}': pip install 'peftcheck[{target}]' or {missing}"
+        ) from error
     except AttributeError as error:
         raise UsageError(f"cannot load '{target}': {error}") from error

@@ -36,14 +36,9 @@ def join(records: Sequence[Record]) -> Record:
         values = {getattr(record, name) for record in records}
         if len(values) > 1:
             shown = ", ".join(
-                sorted(
-                    f"{value.name} {value.version}" if name == "implementation" else str(value)
-                    for value in values
-                )
+                sorted(f"{value.name} {value.version}" if name == "implementation" else str(value) for value in values)
             )
-            raise UsageError(
-                f"records of different {name} cannot be joined ({shown}); join the shards of one run"
-            )
+            raise UsageError(f"records of different {name} cannot be joined ({shown}); join the shards of one run")
     _require_all_shards(records)
     cells: dict[str, CellRecord] = {}
     for cell in (cell for record in records for cell in record.cells):
@@ -60,10 +55,7 @@ def join(records: Sequence[Record]) -> Record:
         totals=totals(ordered),
         seconds=sum(record.seconds for record in records),
         environment=_agreed(
-            [
-                {key: value for key, value in record.environment.items() if key != "shard"}
-                for record in records
-            ]
+            [{key: value for key, value in record.environment.items() if key != "shard"} for record in records]
         ),
         calibration=_agreed([record.calibration for record in records]),
         defects=_grouped([record.defects for record in records], "fingerprint", _joined_defect),
@@ -78,14 +70,10 @@ def _require_all_shards(records: Sequence[Record]) -> None:
     shards = [str(record.environment["shard"]) for record in records if "shard" in record.environment]
     counts = {shard.partition("/")[2] for shard in shards}
     if len(counts) > 1 or any(not count.isdecimal() for count in counts):
-        raise UsageError(
-            f"shards of different splits cannot be joined ({some(set(shards))}); join those of one run"
-        )
+        raise UsageError(f"shards of different splits cannot be joined ({some(set(shards))}); join those of one run")
     for count in counts:
         if missing := {f"{index}/{count}" for index in range(1, int(count) + 1)} - set(shards):
-            raise UsageError(
-                f"shard {some(missing)} is missing and its cells would be lost; give its record too"
-            )
+            raise UsageError(f"shard {some(missing)} is missing and its cells would be lost; give its record too")
 
 
 def _grouped(parts: Iterable[Iterable[Any]], key: str, joined: Any) -> tuple[Any, ...]:
@@ -113,9 +101,7 @@ def _joined_entry(entries: list[LedgerRecord]) -> LedgerRecord:
     judged = [entry for entry in entries if entry.cells] or entries
     if len({entry.verdict for entry in judged}) > 1:
         verdicts = some({entry.verdict for entry in judged})
-        raise UsageError(
-            f"ledger entry {judged[0].id} has several verdicts ({verdicts}); join the shards of one run"
-        )
+        raise UsageError(f"ledger entry {judged[0].id} has several verdicts ({verdicts}); join the shards of one run")
     return replace(judged[0], cells=tuple(sorted({cell for entry in judged for cell in entry.cells})))
 
 

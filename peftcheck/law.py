@@ -37,7 +37,8 @@ class Law:
     library has nothing to check; `source` is the real defect or the paper behind it. `structural` laws need no
     effect to mean something. `concerns` tells for which variants the law says anything at all.
     `sweeps` tells on which sweeps (layers, dtypes) it has cells at all. `refuses` names the operation whose refusal a law
-    of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those of which it says anything).
+    of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those
+    of which it says anything).
     `on`: whether it is asked of layers alone, of whole models, or of both.
     `cases` tells, before anything is built, which cases can say anything about the law: building costs more than asking.
     `exact`: whether it says anything in the exact regime.

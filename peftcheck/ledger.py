@@ -86,9 +86,7 @@ class Court:
             raise UsageError(f"issue '{issue.id}': its witness needs the law '{witness.law}'")
         (outcome,) = self._check(self._implementation, witness.case, [law])
         if outcome.status == PASS:
-            return Hearing(
-                FIXED, f"'{issue.id}' is listed, but its witness holds: remove the entry. {witness.token}"
-            )
+            return Hearing(FIXED, f"'{issue.id}' is listed, but its witness holds: remove the entry. {witness.token}")
         if outcome.status == SKIP:
             text = f"{witness.law} says nothing about the witness of '{issue.id}': choose another"
             return Hearing(ERROR, f"{text}. {witness.token}")
@@ -106,9 +104,7 @@ class Court:
 
         Of several fingerprint globs only those count that one of the witnesses bears out.
         """
-        if not (
-            outcome.failed and outcome.fingerprint and issue.names(outcome.law) and issue.where.covers(case)
-        ):
+        if not (outcome.failed and outcome.fingerprint and issue.names(outcome.law) and issue.where.covers(case)):
             return False
         patterns = [pattern for pattern in issue.fingerprint if fits(outcome.fingerprint, pattern)]
         if not patterns:
@@ -177,9 +173,7 @@ def _refuse_stale(ledger: Ledger, issue: Issue, implementation: Implementation) 
         if not any(region.matches(name, wanted) for name in variants):
             raise stale("where.variant", wanted)
     asked = issue.where.alternatives("variant") or ("*",)
-    concerned = [
-        variant for name, variant in variants.items() if any(region.matches(name, one) for one in asked)
-    ]
+    concerned = [variant for name, variant in variants.items() if any(region.matches(name, one) for one in asked)]
     # what a variant does not accept it must refuse: only there may an issue speak of other layers
     refusing = all(pattern.startswith("refuse.") for pattern in issue.law)
     layers = set(SUBJECTS) if refusing else {layer for variant in concerned for layer in variant.layers}

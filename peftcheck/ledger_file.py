@@ -146,9 +146,7 @@ class _Reader:
         ):
             for wanted in found.alternatives(field):
                 if not any(region.matches(name, wanted) for name in names):
-                    raise self.wrong(
-                        f"where.{field}", f"stale: '{wanted}' matches none of {', '.join(names)}"
-                    )
+                    raise self.wrong(f"where.{field}", f"stale: '{wanted}' matches none of {', '.join(names)}")
         return found
 
     def versions(self) -> str:
@@ -156,9 +154,7 @@ class _Reader:
         try:
             return str(SpecifierSet(value))
         except (InvalidSpecifier, TypeError, AttributeError) as error:
-            raise self.wrong(
-                "versions", f"{value!r} is no PEP 440 specifier, such as '>=0.6,<0.22'"
-            ) from error
+            raise self.wrong("versions", f"{value!r} is no PEP 440 specifier, such as '>=0.6,<0.22'") from error
 
     def opened(self) -> datetime.date:
         value = self.table["opened"]
@@ -221,9 +217,7 @@ class _Reader:
                 raise self.wrong("bound", f"'{pattern}' is not explained by '{issue.bound}'")
 
 
-def entry_text(
-    case: Case, law: str, outcome: Outcome, version: str, opened: datetime.date | None = None
-) -> str:
+def entry_text(case: Case, law: str, outcome: Outcome, version: str, opened: datetime.date | None = None) -> str:
     """Return a ledger entry to paste for a failure; it names what is known and leaves the reason to people.
 
     `version` is the library's; `opened` today where it is not given. Raises UsageError for what did not fail.
@@ -233,9 +227,7 @@ def entry_text(
     documented = outcome.status != ERROR and outcome.fingerprint.count("|") == 2
     lines = {
         "id": _slug(outcome.fingerprint),
-        "law": "*"
-        if outcome.status == ERROR
-        else law,  # whatever a crash stops, it stops every law that comes by
+        "law": "*" if outcome.status == ERROR else law,  # whatever a crash stops, it stops every law that comes by
         "fingerprint": glob.escape(outcome.fingerprint),
         "where": {"variant": glob.escape(case.sweep.variant), "layer": case.sweep.layer},
         "versions": f"=={version}",

@@ -21,7 +21,9 @@ def show(what: str, target: str, filters: dict[str, tuple[str, ...]]) -> None:
     if what == "implementations":
         console.print(_table(("implementation",), [(name,) for name in port.names()]))
     elif what == "laws":
-        console.print(_table(("law", "what holds", "where it comes from"), [(w.name, w.formula, w.source) for w in laws()]))
+        console.print(
+            _table(("law", "what holds", "where it comes from"), [(w.name, w.formula, w.source) for w in laws()])
+        )
     elif what == "variants":
         console.print(_table(("variant", "layers", "family", "closed form"), _variants(target)))
     elif what == "cells":

@@ -66,7 +66,9 @@ def ratios(residual: Tensor, budget: Tensor) -> Tensor:
     return torch.where(zero, torch.zeros_like(quotient), quotient)
 
 
-def compare(role: str, found: Tensor, expected: Tensor, budget: Tensor, documented: Tensor | None = None) -> Measurement:
+def compare(
+    role: str, found: Tensor, expected: Tensor, budget: Tensor, documented: Tensor | None = None
+) -> Measurement:
     """Return the worst element of abs(found - expected) / budget; all are taken to fp64.
 
     Raises ValueError where a budget is negative: that is a defect of the harness.

@@ -57,7 +57,9 @@ class Bench(nn.Module):
             parent.add_module(last, layer)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(attention.run(spec, self.get_submodule(spec.name), x) for spec, x in zip(self.specs, inputs, strict=True))
+        return tuple(
+            attention.run(spec, self.get_submodule(spec.name), x) for spec, x in zip(self.specs, inputs, strict=True)
+        )
 
 
 def layer(spec: LayerSpec, dtype: torch.dtype) -> nn.Module:

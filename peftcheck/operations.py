@@ -99,7 +99,9 @@ def _added(play: Play, names: Sequence[str]) -> dict[str, tuple[str, ...]] | Non
     """Return what is merged where once these are merged too; None where that, or the way back, may overflow."""
     wanted = play.now()
     for name, stack in play.stacks.items():
-        sites = [site for adapter in names if adapter not in stack.names and (site := play.site(adapter, name)) is not None]
+        sites = [
+            site for adapter in names if adapter not in stack.names and (site := play.site(adapter, name)) is not None
+        ]
         if not all(play.stage.sound(*level.values()) for level in play.above(stack, sites)):
             return None
         if sites and play.can("unmerge"):  # nor may the way back lead out of range
@@ -172,11 +174,15 @@ def _delete(play: Play, index: int) -> Measurement | None:
     if play.attempt(lambda: play.stage.attached.delete(name), "delete while merged", play.merged):
         play.present.remove(name)
         del play.adapters[name]
-        play.before_off = {site: tuple(other for other in names if other != name) for site, names in play.before_off.items()}
+        play.before_off = {
+            site: tuple(other for other in names if other != name) for site, names in play.before_off.items()
+        }
         left = tuple(other for other in play.active or () if other != name)
         play.active = left or None  # which one a library activates then is its own choice
         if play.stage.attached.sites(name):
-            return broken("model:module", "left behind", f"'{name}' is deleted, yet on {play.stage.attached.sites(name)}")
+            return broken(
+                "model:module", "left behind", f"'{name}' is deleted, yet on {play.stage.attached.sites(name)}"
+            )
     return play.settle(play.now(), play.nothing())
 
 
@@ -233,9 +239,20 @@ def _load(play: Play, index: int) -> Measurement | None:
 def _train(play: Play) -> Measurement | None:
     """Move every trainable tensor against its gradient, by a share of 2^-6 of the largest entry."""
     stage = play.stage
-    if play.merged or play.off is not None or not play.active or stage.case.sweep.dtype not in _TRAINED or stage.case.profile not in ("normal", "dyadic"):
+    if (
+        play.merged
+        or play.off is not None
+        or not play.active
+        or stage.case.sweep.dtype not in _TRAINED
+        or stage.case.profile not in ("normal", "dyadic")
+    ):
         return None
-    adapters = [(name, key, t) for name in play.present for key, t in stage.attached.adapter_tensors(name).items() if t.requires_grad]
+    adapters = [
+        (name, key, t)
+        for name in play.present
+        for key, t in stage.attached.adapter_tensors(name).items()
+        if t.requires_grad
+    ]
     every = [t for _, _, t in adapters] + [t for t in stage.attached.base_tensors().values() if t.requires_grad]
     stage.attached.train(True)
     try:
@@ -298,7 +315,11 @@ def _left(play: Play, model, wanted, kept: Mapping[str, Tensor]) -> Measurement:
             touched |= play.sharing(f"{name}.{tensor}")
             if play.numeric:
                 found.append(play.compared(f"{name}:{tensor}", state[f"{name}.{tensor}"], forms[tensor].value, budget))
-    found += [identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", state[key], t) for key, t in kept.items() if key not in touched]
+    found += [
+        identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", state[key], t)
+        for key, t in kept.items()
+        if key not in touched
+    ]
     return worst(found)
 
 

@@ -10,7 +10,20 @@ from peftcheck.case import Case
 Step = tuple
 """An operation by name and its arguments: adapters as indices into the case's, switches, factors."""
 
-_WEIGHTS = {"forward": 4, "activate": 3, "merge": 6, "unmerge": 3, "disable": 1, "enable": 1, "rescale": 2, "delete": 2, "add": 2, "save": 1, "load": 1, "train": 1}
+_WEIGHTS = {
+    "forward": 4,
+    "activate": 3,
+    "merge": 6,
+    "unmerge": 3,
+    "disable": 1,
+    "enable": 1,
+    "rescale": 2,
+    "delete": 2,
+    "add": 2,
+    "save": 1,
+    "load": 1,
+    "train": 1,
+}
 KINDS = (*_WEIGHTS, "unload", "export")
 FACTORS = (0.5, 2.0, 4.0, 1.0)
 LENGTH = 10
@@ -22,7 +35,9 @@ def program(case: Case) -> tuple[Step, ...]:
     if own is not None:
         return own
     rng = random.Random(f"steps|{case.values}|{case.index}")
-    steps = [draw(rng, rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0], len(case.adapters)) for _ in range(LENGTH)]
+    steps = [
+        draw(rng, rng.choices(list(_WEIGHTS), list(_WEIGHTS.values()))[0], len(case.adapters)) for _ in range(LENGTH)
+    ]
     if (last := rng.random()) < 0.4:
         steps.append(("export", last < 0.1) if last < 0.2 else ("unload",))
     return tuple(steps)

@@ -256,9 +256,7 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8", errors="replace", newline="\n")
         os.replace(temporary, path)
     except OSError as error:
-        raise UsageError(
-            f"cannot write {path}: {error.strerror or error}; give a path that can be written"
-        ) from error
+        raise UsageError(f"cannot write {path}: {error.strerror or error}; give a path that can be written") from error
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -269,9 +267,7 @@ def read(path: str | Path) -> Record:
     try:
         text = path.read_text(encoding="utf-8")
     except OSError as error:
-        raise UsageError(
-            f"cannot read {path}: {error.strerror or error}; give the JSON that a run wrote"
-        ) from error
+        raise UsageError(f"cannot read {path}: {error.strerror or error}; give the JSON that a run wrote") from error
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text; give the JSON that a run wrote with --record") from error
     return loads(text, str(path))
@@ -282,9 +278,7 @@ def loads(text: str, name: str = "the record") -> Record:
     try:
         value = parse(text)
     except ValueError as error:
-        raise UsageError(
-            f"{name} is not JSON ({error}); give the JSON that a run wrote with --record"
-        ) from error
+        raise UsageError(f"{name} is not JSON ({error}); give the JSON that a run wrote with --record") from error
     if not isinstance(value, dict) or "schema" not in value:
         raise UsageError(f"{name} is not a record of peftcheck; give the JSON that a run wrote with --record")
     schema = value["schema"]
@@ -323,17 +317,13 @@ def check(record: Record) -> None:
             raise Mismatch(f"defect {defect.fingerprint!r:.120} has the unknown status {defect.status!r:.40}")
         for key in defect.cells:
             if key not in cells:
-                raise Mismatch(
-                    f"defect {defect.fingerprint!r:.120} names the cell {key!r:.120}, which is not there"
-                )
+                raise Mismatch(f"defect {defect.fingerprint!r:.120} names the cell {key!r:.120}, which is not there")
     if len({(one.quantizer, one.variant) for one in record.quantized}) != len(record.quantized):
         raise Mismatch("a quantizer and method has two rows of what a merge costs")
     for table in record.measurements:
         if any(len(row) != len(table.columns) for row in table.rows):
             raise Mismatch(f"a row of the table {table.title!r:.120} does not fit its columns")
-        if any(
-            not (value is None or isinstance(value, (str, int, float))) for row in table.rows for value in row
-        ):
+        if any(not (value is None or isinstance(value, (str, int, float))) for row in table.rows for value in row):
             raise Mismatch(f"the table {table.title!r:.120} holds more than text, numbers and null")
 
 

@@ -30,7 +30,6 @@ def recorded(
     seen: dict[str, Record] = {}
     handles = []
     for name, layer in layers.items():
-
         # a library's own hooks may change the input before and the output after: look before the first, after the last
         def arrives(module: nn.Module, args: tuple, name: str = name) -> None:
             seen[name] = Record(known.get(name, args[0]).detach().clone(), args[0])

@@ -9,7 +9,16 @@ from pathlib import Path
 
 from peftcheck.implementation import Implementation
 
-_CRASHES = (AttributeError, KeyError, IndexError, AssertionError, UnboundLocalError, NameError, ImportError, RecursionError)
+_CRASHES = (
+    AttributeError,
+    KeyError,
+    IndexError,
+    AssertionError,
+    UnboundLocalError,
+    NameError,
+    ImportError,
+    RecursionError,
+)
 
 
 def innermost(error: BaseException, folders: tuple[Path, ...]) -> traceback.FrameSummary | None:

@@ -14,7 +14,17 @@ from peftcheck.record import NOT_RUN, CellRecord, Record, severity
 from peftcheck.summary import Fold
 
 _BROKEN = ("violation", "error", "known")
-_ABOUT_NUMBERS = ("linear", "cross_term_free", "single", "cancel", "homogeneous", "permutation", "additive", "best_rank", "definition")
+_ABOUT_NUMBERS = (
+    "linear",
+    "cross_term_free",
+    "single",
+    "cancel",
+    "homogeneous",
+    "permutation",
+    "additive",
+    "best_rank",
+    "definition",
+)
 
 
 @dataclass(frozen=True)
@@ -99,7 +109,15 @@ def _remedies(kind: str, cells: Iterable[CellRecord]) -> Iterable[Remedy]:
         dearest = max((way for _, way in own), key=lambda way: (way.rank / max(1, way.instead), way.rank))
         error = max((way.error for _, way in own), key=severity)
         yield Remedy(
-            kind, len(broken), exact, len({cell.id for cell, _ in own}), min(factors), max(factors), dearest.rank, dearest.instead, error
+            kind,
+            len(broken),
+            exact,
+            len({cell.id for cell, _ in own}),
+            min(factors),
+            max(factors),
+            dearest.rank,
+            dearest.instead,
+            error,
         )
     if broken and not ways:
         yield Remedy(kind, len(broken))

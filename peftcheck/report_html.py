@@ -212,8 +212,7 @@ def _lines(
     rows: Iterable[Row], laws: list[str], squares: dict[tuple[Row, str], Fold], leads: dict[str, str]
 ) -> list[tuple[Row, list[Square | None]]]:
     return [
-        (row, [_square(squares[row, law], leads) if (row, law) in squares else None for law in laws])
-        for row in rows
+        (row, [_square(squares[row, law], leads) if (row, law) in squares else None for law in laws]) for row in rows
     ]
 
 
@@ -252,9 +251,7 @@ def _bars(cells: Iterable[CellRecord]) -> list[Bar]:
     heights = [0] * len(BINS)
     for cell in cells:
         if cell.ratio is not None:
-            heights[
-                next((index for index, (edge, _) in enumerate(BINS) if cell.ratio <= edge), len(BINS) - 1)
-            ] += 1
+            heights[next((index for index, (edge, _) in enumerate(BINS) if cell.ratio <= edge), len(BINS) - 1)] += 1
     top = math.sqrt(max([1, *heights]))
     bars = []
     for index, ((edge, label), amount) in enumerate(zip(BINS, heights, strict=True)):

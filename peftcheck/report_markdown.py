@@ -30,9 +30,7 @@ def render(record: Record) -> str:
         else:
             left_out += 1
     if left_out:
-        parts.append(
-            f"{count(left_out, 'part')} left out for length; the HTML report and the JSON have all of them."
-        )
+        parts.append(f"{count(left_out, 'part')} left out for length; the HTML report and the JSON have all of them.")
     return escape.encodable("\n\n".join(parts) + "\n")
 
 
@@ -215,9 +213,7 @@ def _measurement(table: Table) -> str:
         [number(item) if isinstance(item, float) else "–" if item is None else _short(item) for item in row]
         for row in table.rows
     )
-    return (
-        f"### {_short(table.title)}{note}\n\n{_table([markdown(column) for column in table.columns], rows)}"
-    )
+    return f"### {_short(table.title)}{note}\n\n{_table([markdown(column) for column in table.columns], rows)}"
 
 
 def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

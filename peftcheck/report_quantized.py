@@ -77,10 +77,14 @@ def sentences(record: Record) -> tuple[str, ...]:
         share = over(best.cost, best.weight) or 0.0
         limit = share / TOLERABLE
         kept = [one.cosine for one in fair if one.cosine is not None]
-        text = f"{name}: a merge moves every weight by about {100 * share:.2g} % of its size, whatever the adapter does; "
+        text = (
+            f"{name}: a merge moves every weight by about {100 * share:.2g} % of its size, whatever the adapter does; "
+        )
         text += f"keep adapters that change weights by less than {100 * limit:.2g} % of their size separate."
         if kept:
-            text += f" Of a change a tenth of the step a merge keeps the direction to {sum(kept) / len(kept):.2f} (cosine)."
+            text += (
+                f" Of a change a tenth of the step a merge keeps the direction to {sum(kept) / len(kept):.2f} (cosine)."
+            )
         found.append(text + _drifts(fair or own))
         for one in sorted(own, key=lambda one: one.variant):
             if one.cost > CLEAR * one.unavoidable:

@@ -52,7 +52,12 @@ def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
     # everything that can be wrong with the request is found here, before a worker starts or a file is written
     library = Session(
         Settings(
-            target, options["profile"], seed, None if ledger == "none" else ledger or "", filters, parse_shard(options["shard"])
+            target,
+            options["profile"],
+            seed,
+            None if ledger == "none" else ledger or "",
+            filters,
+            parse_shard(options["shard"]),
         )
     ).implementation
     paths = _outputs(options, library.name, library.version)
@@ -217,7 +222,9 @@ def kill_matrix(target: str, path: Path | None) -> int:
         click.echo(f"KILLS NOTHING {name}")
     tried = [result for result in results if result.tried]
     survivors = [result for result in tried if result.survived]
-    click.echo(f"{len(tried) - len(survivors)} of {len(tried)} faults killed; {len(results) - len(tried)} found nothing that suits them")
+    click.echo(
+        f"{len(tried) - len(survivors)} of {len(tried)} faults killed; {len(results) - len(tried)} found nothing that suits them"
+    )
     if path:
         records.write(replace(records.read(path), faults=faults.records(results)), path)
     return 3 if survivors or nothing else 0

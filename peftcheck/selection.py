@@ -135,7 +135,9 @@ def in_turn(
             return "models" not in groups or sweep.layer == own_models[(order[sweep.variant] + seed) % len(own_models)]
         if "dtypes" not in groups or sweep.layer not in variant.layers or sweep.quantizer is not None:
             return True
-        return sweep.dtype in _dtypes(variant, cell.law in logic, order[sweep.variant] + LAYERS.index(sweep.layer) + seed)
+        return sweep.dtype in _dtypes(
+            variant, cell.law in logic, order[sweep.variant] + LAYERS.index(sweep.layer) + seed
+        )
 
     return [cell for cell in cells if has_its_turn(cell)]
 

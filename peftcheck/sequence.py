@@ -20,13 +20,13 @@ from torch import Tensor, nn
 
 from peftcheck import budgets, refusal, standing
 from peftcheck.architecture import layout
-from peftcheck.case import AdapterSpec, LayerSpec
+from peftcheck.case import AdapterSpec
 from peftcheck.implementation import Inverts, Op
-from peftcheck.measurement import NOTHING, Measurement, broken, compare, worst
+from peftcheck.measurement import Measurement, broken, compare, worst
 from peftcheck.oracle import Base, Family, Site
-from peftcheck.oracle.layers import layer_output
 from peftcheck.programs import Step
 from peftcheck.rounding import Bounded, judged, leaf
+from peftcheck.sequence_outputs import IGNORED, compared_outputs
 from peftcheck.stage import Record, Stage
 
 NEEDS: dict[str, tuple[Op, ...]] = {
@@ -45,7 +45,6 @@ NEEDS: dict[str, tuple[Op, ...]] = {
     "unload": (Op.UNLOAD,),
     "export": (Op.EXPORT,),
 }
-IGNORED = "active adapter ignored while another is merged"
 
 
 # What is done while something is merged, the likelier cause of what is seen later last.
@@ -200,7 +199,11 @@ class Play:
                 self.held[key] = tensor.detach().clone()
         for name in self.present:
             own = self.stage.attached.adapter_tensors(name)
-            running = {key: t.detach().clone() for key, t in own.items() if key in self.adapters[name] and not isinstance(t, nn.Parameter)}
+            running = {
+                key: t.detach().clone()
+                for key, t in own.items()
+                if key in self.adapters[name] and not isinstance(t, nn.Parameter)
+            }
             self.adapters[name] = {**self.adapters[name], **running}
 
     # judging
@@ -247,16 +250,22 @@ class Play:
                 now = next((choice[name] for choice in choices if sorted(choice[name]) == sorted(now)), now)
             if now not in [choice[name] for choice in choices]:
                 due = choices[0][name]
-                return broken(f"{name}:module", "bookkeeping", f"the library says {now} is merged into {name}, due is {due}")
+                return broken(
+                    f"{name}:module", "bookkeeping", f"the library says {now} is merged into {name}, due is {due}"
+                )
             if now == stack.names:
                 continue
             forms, room = self.moved(name, stack, now)
             for tensor, budget in room.items():
                 touched |= self.sharing(f"{name}.{tensor}")
                 if self.numeric:
-                    found.append(self.compared(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], forms[tensor].value, budget))
+                    found.append(
+                        self.compared(f"{name}:{tensor}", tensors[f"{name}.{tensor}"], forms[tensor].value, budget)
+                    )
         found += standing.bystanders(tensors, touched, self.marks, self.held, self.numeric)
-        found += standing.adapters(self.stage.attached, self.adapters, self.layouts, self.trained if self.off is None else None)
+        found += standing.adapters(
+            self.stage.attached, self.adapters, self.layouts, self.trained if self.off is None else None
+        )
         found.append(standing.modes(self.stage.attached, self.stage.case.train, self.astray))
         self.hold(touched)
         for name in {key.rpartition(".")[0] for key in touched} & self.stacks.keys():
@@ -266,7 +275,11 @@ class Play:
     def sharing(self, key: str) -> set[str]:
         """Return the tensors that share storage with one, itself included."""
         name, _, tensor = key.rpartition(".")
-        tied = {f"{spec.name}.weight" for spec in self.stage.case.layers if tensor == "weight" and name in (spec.tied, spec.name)}
+        tied = {
+            f"{spec.name}.weight"
+            for spec in self.stage.case.layers
+            if tensor == "weight" and name in (spec.tied, spec.name)
+        }
         return {key} | tied
 
     def moved(self, name: str, stack: Stack, now: tuple[str, ...]) -> tuple[Base, dict[str, Tensor]]:
@@ -275,7 +288,9 @@ class Play:
         if now[:kept] == stack.names:
             sites = [site for adapter in now[kept:] if (site := self.site(adapter, name)) is not None]
             levels = self.above(stack, sites)
-            room = {t: judged(form, machine=m.base.store) for t, form in levels[-1].items() if form is not stack.top.get(t)}
+            room = {
+                t: judged(form, machine=m.base.store) for t, form in levels[-1].items() if form is not stack.top.get(t)
+            }
             stack.levels += levels
             stack.sites += sites
             return stack.top, room
@@ -313,69 +328,15 @@ class Play:
         return compare(role, found, expected, budget)
 
     def outputs(self, seen: Mapping[str, Record]) -> Measurement:
-        """Compare the output of every layer in a run of the model with what it must give now, on the input that it had."""
-        stage, found, self.runs = self.stage, [], dict(seen)
-        if not stage.outputs_count or not self.numeric or (self.active is None and self.off is None):
-            return NOTHING
-        for spec in stage.case.layers:
-            if spec.name not in seen:
-                continue  # of a whole model, what a forward does not come by
-            ran = seen[spec.name]
-            if (spec.tied or spec.name) not in self.stacks:
-                found.append(self._bystander(spec, ran))
-                continue
-            form = self._output(spec.name, ran.x) if spec.tied is None else None
-            if form is None or not stage.sound(form):
-                continue
-            one = self.compared(f"{spec.name}:output", ran.y, form.value, judged(form, machine=stage.machine.base.store))
-            if not one.holds and self._ignores(spec.name, ran):
-                return broken(f"{spec.name}:output", IGNORED, "an active adapter that is not merged has no part in the output")
-            found.append(one)
-        return worst(found)
+        """Compare the output of every layer in a run of the model with what it must give now."""
+        return compared_outputs(self, seen)
 
     def copies(self) -> dict[str, Tensor]:
         """Return the tensors of which an active adapter holds a trained copy in force, by the base's name."""
         active = (self.adapters[name] for name in self.active or () if self.off is None)
-        return {f"{site}.{role[6:]}": t for own in active for (site, role), t in own.items() if role.startswith("saved.")}
-
-    def _bystander(self, spec: LayerSpec, ran: Record) -> Measurement:
-        """Judge a layer that no adapter targets: the base's, or the trained copy that stands in for it."""
-        stage, role = self.stage, f"{spec.name}:output"
-        if stage.variant.rewrites_base:
-            return NOTHING
-        if not stage.case.whole:
-            return self.compared(role, ran.y, stage.pristine_outputs[spec.name], torch.zeros((), dtype=torch.float64))
-        own = {key.rpartition(".")[2]: t for key, t in self.copies().items() if key.rpartition(".")[0] == spec.name}
-        base = {**stage.base(spec.name), **{tensor: leaf(t, stage.machine.exact) for tensor, t in own.items()}}
-        form = layer_output(stage.machine.base, spec, base, stage.activation(spec.name, ran.x)) if own else None
-        if form is None or not stage.sound(form):
-            return NOTHING  # its tensors are bit-equal, and its input is another
-        return self.compared(role, ran.y, form.value, judged(form, machine=stage.machine.base.store))
-
-    def _output(self, name: str, given: Tensor) -> Bounded | None:
-        stage, stack = self.stage, self.stacks[name]
-        x = stage.activation(name, given)
-        if self.off is not None:
-            return None if stack.sites else layer_output(stage.machine.base, stage.spec(name), stack.top, x)
-        live = self._live(name)
-        if live and stack.sites and not self.partial:
-            return None
-        if live and stack.sites and stage.formula.merge_many is not None:
-            return None  # what an adapter adds to a layer depends there on what is merged below it
-        if live:
-            return stage.formula.forward(stage.machine, live, stack.top, x)
-        return layer_output(stage.machine.base, stage.spec(name), stack.top, x)
-
-    def _live(self, name: str) -> list[Site]:
-        wanted = [adapter for adapter in self.active or () if adapter not in self.stacks[name].names]
-        return [site for adapter in wanted if (site := self.site(adapter, name)) is not None]
-
-    def _ignores(self, name: str, ran: Record) -> bool:
-        stage, stack = self.stage, self.stacks[name]
-        if not stack.sites or not self._live(name):
-            return False
-        form = layer_output(stage.machine.base, stage.spec(name), stack.top, stage.activation(name, ran.x))
-        return compare("", ran.y, form.value, judged(form, machine=stage.machine.base.store)).holds
+        return {
+            f"{site}.{role[6:]}": t for own in active for (site, role), t in own.items() if role.startswith("saved.")
+        }
 
     def now(self) -> dict[str, tuple[str, ...]]:
         """Return what is merged where, by the expectation."""
@@ -384,4 +345,3 @@ class Play:
     def nothing(self) -> dict[str, tuple[str, ...]]:
         """Return the state in which nothing is merged anywhere."""
         return {name: () for name in self.stacks}
-

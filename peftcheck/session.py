@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ class Settings:
     profile: str = "quick"
     seed: int = 0
     ledger: str | None = ""
-    filters: Filters = Filters()
+    filters: Filters = field(default_factory=Filters)
     shard: tuple[int, int] = (1, 1)
     journal: str | None = None
     watchdog: float = CASE_SECONDS

@@ -58,21 +58,15 @@ def shrink(
 
     Raises ValueError if the case itself does not.
     """
-    walk = _Walk(
-        implementation, implementation.variants()[case.sweep.variant], law, fingerprint, check, limit
-    )
+    walk = _Walk(implementation, implementation.variants()[case.sweep.variant], law, fingerprint, check, limit)
     first = walk.probe(case)
     if first is None or first.fingerprint != fingerprint:
         raise ValueError(f"nothing to shrink: {law.name} does not fail with '{fingerprint}' on this case")
     best = walk.descend(case)
-    return Shrunk(
-        best, walk.seen[encode(best, "")], walk.steps(best), walk.checks, elements(best), elements(case)
-    )
+    return Shrunk(best, walk.seen[encode(best, "")], walk.steps(best), walk.checks, elements(best), elements(case))
 
 
-def over_dtypes(
-    implementation: Implementation, case: Case, law: Law, check: Check
-) -> dict[str, float | None]:
+def over_dtypes(implementation: Implementation, case: Case, law: Law, check: Check) -> dict[str, float | None]:
     """Return the law's ratio on the same values in each dtype of the variant; None where it crashes or says nothing.
 
     An adapter in the base's dtype follows it; one in fp32 on a half base stays so, and follows elsewhere.
@@ -82,9 +76,7 @@ def over_dtypes(
         if dtype not in implementation.variants()[case.sweep.variant].dtypes:
             continue
         apart = case.adapter_dtype != case.sweep.dtype and dtype in ("bfloat16", "float16")
-        other = replace(
-            case, sweep=replace(case.sweep, dtype=dtype), adapter_dtype="float32" if apart else dtype
-        )
+        other = replace(case, sweep=replace(case.sweep, dtype=dtype), adapter_dtype="float32" if apart else dtype)
         (outcome,) = check(implementation, other, [law])
         ratios[dtype] = outcome.measurement.ratio if outcome.measurement else None
     return ratios
@@ -155,9 +147,7 @@ class _Walk:
                 break
             best = smaller
             self.visited.add(encode(best, ""))
-        tidy = next(
-            (c for c in (replace(best, values=v) for v in SEEDS if v < best.values) if self.shows(c)), best
-        )
+        tidy = next((c for c in (replace(best, values=v) for v in SEEDS if v < best.values) if self.shows(c)), best)
         self.visited.add(encode(tidy, ""))
         return tidy
 

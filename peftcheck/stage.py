@@ -298,9 +298,7 @@ class Stage:
             return recorded(layers, lambda: self.attached.forward(self.arguments))
         with torch.no_grad():
             outputs = self.attached.forward(self.arguments)
-        return {
-            spec.name: Record(self.inputs[spec.name], y) for spec, y in zip(self.case.layers, outputs, strict=True)
-        }
+        return {spec.name: Record(self.inputs[spec.name], y) for spec, y in zip(self.case.layers, outputs, strict=True)}
 
     def call(self, name: str, x: Tensor) -> Tensor:
         """Run the layer that stands at `name` now on a recorded input."""

@@ -28,7 +28,9 @@ def set_up(implementation: Implementation, case: Case) -> Stage:
     arguments = models.arguments(case)
     given = {} if case.whole else dict(zip((spec.name for spec in case.layers), arguments, strict=True))
     with frozen(model):  # as libraries leave the base
-        plain = recorded({spec.name: model.get_submodule(spec.name) for spec in case.layers}, lambda: model(*arguments), given)
+        plain = recorded(
+            {spec.name: model.get_submodule(spec.name) for spec in case.layers}, lambda: model(*arguments), given
+        )
     if case.sweep.quantizer is not None:
         quantizers.apply(model, case)
     before = architecture(model)

@@ -79,14 +79,22 @@ def adapters(
         now = attached.adapter_tensors(name)
         if not now.keys() >= tensors.keys():
             site, role = min(tensors.keys() - now.keys())
-            yield broken(f"{site}:{role} of the adapter", "lost", f"the tensors of '{name}' are not those that it had: {(site, role)}")
+            yield broken(
+                f"{site}:{role} of the adapter",
+                "lost",
+                f"the tensors of '{name}' are not those that it had: {(site, role)}",
+            )
             continue
         for (site, role), tensor in tensors.items():
             found, steps = now[site, role], layouts[name][site, role]
             if found.dtype != tensor.dtype or not found.equal(tensor):
                 yield identical(f"{site}:{role} of the adapter", found, tensor)
             elif layout(found) != steps:
-                yield broken(f"{site}:{role} of the adapter", "strides", f"{role} of '{name}' has strides {layout(found)}, had {steps}")
+                yield broken(
+                    f"{site}:{role} of the adapter",
+                    "strides",
+                    f"{role} of '{name}' has strides {layout(found)}, had {steps}",
+                )
             elif trains is not None and found.requires_grad is not ((site, role) in trains[name]):
                 state = "trained now" if found.requires_grad else "trained no more"
                 yield broken(f"{site}:{role} of the adapter", "requires_grad", f"{role} of '{name}' is {state}")

@@ -11,7 +11,9 @@ from peftcheck.implementation import Implementation
 from peftcheck.programs import FACTORS, KINDS, Step
 
 
-def sweeps(implementation: Implementation, variant: str | None = None, layer: str | None = None, dtype: str | None = None):
+def sweeps(
+    implementation: Implementation, variant: str | None = None, layer: str | None = None, dtype: str | None = None
+):
     """Return a strategy for the unquantized sweeps of a library; each argument that is given is kept fixed.
 
     Whole models are drawn only where `layer` names one.
@@ -23,15 +25,21 @@ def sweeps(implementation: Implementation, variant: str | None = None, layer: st
         for name, one in implementation.variants().items()
         for kind in sorted(one.layers)
         for number in sorted(one.dtypes)
-        if variant in (None, name) and (layer == kind or layer is None and kind not in MODELS) and dtype in (None, number)
+        if variant in (None, name)
+        and (layer == kind or (layer is None and kind not in MODELS))
+        and dtype in (None, number)
     ]
     if not found:
-        raise UsageError(f"{implementation.name} has no {variant or 'variant'} on {layer or 'any layer'} in {dtype or 'any dtype'}")
+        raise UsageError(
+            f"{implementation.name} has no {variant or 'variant'} on {layer or 'any layer'} in {dtype or 'any dtype'}"
+        )
     return st.sampled_from(found)
 
 
 @st.composite
-def cases(draw, implementation: Implementation, variant: str | None = None, layer: str | None = None, dtype: str | None = None) -> Case:
+def cases(
+    draw, implementation: Implementation, variant: str | None = None, layer: str | None = None, dtype: str | None = None
+) -> Case:
     """Draw a case of a library, in the exact regime or not: what the generator makes of a seed and an index."""
     sweep = draw(sweeps(implementation, variant, layer, dtype))
     seed, index, exact = draw(st.integers(0, 2**16)), draw(st.integers(0, 200)), draw(st.booleans())

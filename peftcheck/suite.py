@@ -101,7 +101,12 @@ def cells(implementation: Implementation, laws: Sequence[Law], filters: Filters)
                 if dtype in variant.dtypes:
                     sweep = Sweep(implementation.name, name, layer, dtype)
                     found += [cell for law in laws for cell in _of_law(law, variant, sweep)]
-        found += [cell for sweep in _quantized(implementation, variant) for law in laws for cell in _of_law(law, variant, sweep)]
+        found += [
+            cell
+            for sweep in _quantized(implementation, variant)
+            for law in laws
+            for cell in _of_law(law, variant, sweep)
+        ]
     chosen = {law.name for law in laws}
     return [cell for cell in found if cell.law in chosen and filters.admits(cell)]
 
@@ -119,14 +124,18 @@ def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
         return ()
     if law.name == "refuse.attach" or (law.group == "quantize") != (sweep.quantizer is not None):
         return ()
-    if sweep.quantizer is not None and (law.name == "quantize.refuses") != (variant.quantizers[sweep.quantizer] is not Claim.YES):
+    if sweep.quantizer is not None and (law.name == "quantize.refuses") != (
+        variant.quantizers[sweep.quantizer] is not Claim.YES
+    ):
         return ()
     if law.on == ("layers" if sweep.layer in MODELS else "models"):
         return ()
     if law.kinds and sweep.layer in UNCOMBINED:
         return ()
     if law.kinds:
-        return [Cell(law.name, sweep, kind) for kind, promise in variant.combinations.items() if law.of_kind(kind, promise)]
+        return [
+            Cell(law.name, sweep, kind) for kind, promise in variant.combinations.items() if law.of_kind(kind, promise)
+        ]
     return (Cell(law.name, sweep),)
 
 
@@ -188,7 +197,11 @@ class Walk:
         self._visit(open_laws)
         results |= {name: tally.result() for name, tally in open_laws.items()}
         name = "quantize.merge_budget"
-        if self.sweep.quantizer is not None and self.sweep.dtype == "float32" and results.get(name, _NOT_RUN).state == "ran":
+        if (
+            self.sweep.quantizer is not None
+            and self.sweep.dtype == "float32"
+            and results.get(name, _NOT_RUN).state == "ran"
+        ):
             results[name] = replace(results[name], quantized=self._cost())
         return results
 
@@ -227,7 +240,9 @@ class Walk:
         return ("absent", 0, None, None, 0.0, None, None, (), "the library has no such operation")
 
     def _visit(self, tallies: Mapping[str, _Tally]) -> None:
-        dyadic = FORMULAS[self.variant.formula].dyadic and self.sweep.quantizer is None and self.sweep.layer not in MODELS
+        dyadic = (
+            FORMULAS[self.variant.formula].dyadic and self.sweep.quantizer is None and self.sweep.layer not in MODELS
+        )
         first: tuple[Case, Law, Outcome] | None = None
         for index in range(self.profile.tries):
             exact = dyadic and index % 2 == 0
@@ -265,20 +280,26 @@ class Walk:
         found = {o.law: o for o in engine.check(self.implementation, case, alive, self.watch)} if alive else {}
         for law in lost:
             message = "the interpreter died or hung here; the case was not run again"
-            found[law.name] = Outcome(law.name, ERROR, None, 0.0, False, f"crash|{self.sweep.variant}|interpreter", message)
+            found[law.name] = Outcome(
+                law.name, ERROR, None, 0.0, False, f"crash|{self.sweep.variant}|interpreter", message
+            )
         return [found[law.name] for law in laws]
 
     def _canary(self, case: Case, law: Law, before: Outcome) -> None:
         """Run the first law again at the end of the sweep: anything but the same bits means that state leaked."""
         (after,) = engine.check(self.implementation, case, [law], self.watch)
         if repr(after.measurement) != repr(before.measurement):
-            raise HarnessError(f"canary: {law.name} on {self.sweep} measured {before.measurement}, then {after.measurement}")
+            raise HarnessError(
+                f"canary: {law.name} on {self.sweep} measured {before.measurement}, then {after.measurement}"
+            )
 
     def _refusal(self, name: str) -> CellResult:
         """Return the result of attaching to a layer that the variant does not accept, or must not merge into."""
         cell = Cell(name, self.sweep)
         if self.sweep.layer in self.variant.unasked:
-            return CellResult(cell, "absent", message="the library accepts this layer; no closed form here covers it yet")
+            return CellResult(
+                cell, "absent", message="the library accepts this layer; no closed form here covers it yet"
+            )
         case = generator.draw(self.variant, self.sweep, self.seed, 0, False)
         started = time.perf_counter()
         (outcome,) = self._check(case, [self.laws[name]])
@@ -332,7 +353,14 @@ class _Tally:
         if outcome.failed and outcome.fingerprint not in self.failures:
             token = encode(case, self.law.name)
             self.failures[outcome.fingerprint] = Failure(
-                outcome.fingerprint, outcome.status, token, case.words(), outcome.message, m.ratio if m else None, case, outcome
+                outcome.fingerprint,
+                outcome.status,
+                token,
+                case.words(),
+                outcome.message,
+                m.ratio if m else None,
+                case,
+                outcome,
             )
 
     def result(self) -> CellResult:

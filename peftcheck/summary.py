@@ -241,8 +241,7 @@ def verdict(record: Record) -> Verdict:
         return Verdict(
             "unvouched",
             "Cannot vouch",
-            f"The harness cannot vouch for its verdict on {name}: {doubts}."
-            + (f" Besides, {apart}." if apart else ""),
+            f"The harness cannot vouch for its verdict on {name}: {doubts}." + (f" Besides, {apart}." if apart else ""),
             3,
         )
     if known:

@@ -37,7 +37,10 @@ PROFILES_OF_SEVERAL: dict[str, str] = {
 NO_EFFECT = frozenset({"zero"})
 WEIGHTS_ONLY = frozenset({"subnormal"})  # outputs fall into the subnormal range, where kernels may flush
 
-_STRIDES = np.array([0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F], dtype=np.uint64)
+_STRIDES = np.array(
+    [0x9E3779B97F4A7C15, 0xC2B2AE3D27D4EB4F, 0x165667B19E3779F9, 0xD6E8FEB86659FD93, 0xA0761D6478BD642F],
+    dtype=np.uint64,
+)
 
 
 def _uniform(key: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -109,5 +109,5 @@ _SINK: list[object] = []
 
 def _silent():
     if not _SINK:
-        _SINK.append(Path(os.devnull).open("w"))  # faulthandler keeps the descriptor
+        _SINK.append(Path(os.devnull).open("w"))  # noqa: SIM115 - faulthandler keeps the descriptor
     return _SINK[0]

@@ -47,9 +47,7 @@ class Where:
 
     def reaches(self, sweep: Sweep) -> bool:
         """Return whether some case of the sweep may be covered, by the sweep's own fields."""
-        return all(
-            _any(getattr(sweep, field), wanted) for field, wanted in self.conditions if field in _SWEEP
-        )
+        return all(_any(getattr(sweep, field), wanted) for field, wanted in self.conditions if field in _SWEEP)
 
     def covers(self, case: Case) -> bool:
         """Return whether the case is one that the entry speaks of.
@@ -59,7 +57,9 @@ class Where:
         inside = case.whole and not _any(case.sweep.layer, self.alternatives("layer") or ("*",))
         if not Where(tuple(c for c in self.conditions if c[0] != "layer" or not inside)).reaches(case.sweep):
             return False
-        local = [(field, wanted) for field, wanted in self.conditions if field not in _SWEEP or (inside and field == "layer")]
+        local = [
+            (field, wanted) for field, wanted in self.conditions if field not in _SWEEP or (inside and field == "layer")
+        ]
         whole = [(field, wanted) for field, wanted in local if _root(field) in (*_CASE, "poison", "extra")]
         if not all(_any(_of_case(case, field), wanted) for field, wanted in whole):
             return False
@@ -92,9 +92,7 @@ def _alternatives(field: str, wanted: Any) -> tuple[Any, ...]:
         raise UnknownField(f"'{field}' names no alternative: it would match nothing")
     found = tuple(tuple(item) if isinstance(item, list) else item for item in items)
     for item in found:
-        if not all(
-            isinstance(part, str | int | float) for part in (item if isinstance(item, tuple) else (item,))
-        ):
+        if not all(isinstance(part, str | int | float) for part in (item if isinstance(item, tuple) else (item,))):
             raise UnknownField(f"'{field}' must be text, a number, a truth value or a list of them")
     return found
 

@@ -49,7 +49,9 @@ def _underflow(formula: Formula, site: Site) -> dict[str, Tensor]:
     total: dict[str, Tensor] = {}
     roles = _factors(formula, site)
     for lifted in (*({role} for role in roles), set(roles)):
-        tensors = {r: Bounded(torch.ones_like(f.value) if r in lifted else f.value.abs()) for r, f in site.tensors.items()}
+        tensors = {
+            r: Bounded(torch.ones_like(f.value) if r in lifted else f.value.abs()) for r, f in site.tensors.items()
+        }
         change = formula.delta(Machine(_ORACLE, _ORACLE, False), replace(plain, tensors=tensors))
         for name, form in change.items():
             total[name] = total.get(name, 0.0) + form.value.abs()
@@ -97,7 +99,12 @@ def _representable(m: Machine, formula: Formula, scales, sites: Sequence[Site], 
 
 
 def factorwise(
-    m: Machine, formula: Formula, scales: Sequence[float], sites: Sequence[Site], weights: Sequence[float], density: float
+    m: Machine,
+    formula: Formula,
+    scales: Sequence[float],
+    sites: Sequence[Site],
+    weights: Sequence[float],
+    density: float,
 ) -> dict[str, Tensor]:
     """Bound how far two right computations of sums over factors differ: 2 ((1 + v)^(2n + 8) - 1) (sum c B)(sum c A).
 
@@ -123,7 +130,9 @@ def factorwise(
     return bound
 
 
-def gates(m: Machine, formula: Formula, sites: Sequence[Site], weights: Sequence[float], base: Base) -> dict[str, Tensor]:
+def gates(
+    m: Machine, formula: Formula, sites: Sequence[Site], weights: Sequence[float], base: Base
+) -> dict[str, Tensor]:
     """Bound a weighted sum of vectors that multiply the base: gamma-like (n + 2) v sum abs(w_i l_i) abs(W) + eta."""
     growth = (1 + stored(m.adapter.store)) ** (len(sites) + 2) - 1 + EXACT_FP64.gamma(len(sites) + 6)
     bound: dict[str, Tensor] = {}

@@ -24,7 +24,19 @@ from peftcheck.faults.matrix import FaultResult, idle, kill_matrix, records
 
 FAULTS: tuple[Fault, ...] = tuple(
     fault
-    for module in (outputs, merging, keeping, safe_merging, refusing, combining, quantizing, sequencing, stating, structure, training)
+    for module in (
+        outputs,
+        merging,
+        keeping,
+        safe_merging,
+        refusing,
+        combining,
+        quantizing,
+        sequencing,
+        stating,
+        structure,
+        training,
+    )
     for fault in module.FAULTS
 )
 

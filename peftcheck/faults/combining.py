@@ -117,9 +117,7 @@ def _plain(case: Case) -> bool:
 
 
 def _unlike(case: Case) -> bool:
-    return (
-        _plain(case) and len(set(case.setting("members", ()))) > 1 and 0.0 not in case.setting("weights", ())
-    )
+    return _plain(case) and len(set(case.setting("members", ()))) > 1 and 0.0 not in case.setting("weights", ())
 
 
 def _pruned_alone(case: Case) -> bool:
@@ -127,13 +125,7 @@ def _pruned_alone(case: Case) -> bool:
     shapes = [case.layers[target].weight_shape for adapter in case.adapters for target in adapter.targets]
     untruncated = all(case.setting("svd_rank", 0) >= min(shape) for shape in shapes)
     large = all(shape[0] * shape[1] >= 40 for shape in shapes)
-    return (
-        _unlike(case)
-        and case.profile == "normal"
-        and case.setting("density", 1.0) == 0.5
-        and untruncated
-        and large
-    )
+    return _unlike(case) and case.profile == "normal" and case.setting("density", 1.0) == 0.5 and untruncated and large
 
 
 def _one_weight_less(case: Case) -> bool:

@@ -98,9 +98,7 @@ def records(results: Sequence[FaultResult]) -> tuple[FaultRecord, ...]:
     )
 
 
-def _try(
-    implementation, fault: Fault, laws: Sequence[Law], count: int, seed: int, sound: dict
-) -> FaultResult:
+def _try(implementation, fault: Fault, laws: Sequence[Law], count: int, seed: int, sound: dict) -> FaultResult:
     faulty = Faulty(implementation, fault)
     kills: dict[str, int] = {}
     held: set[str] = set()
@@ -168,7 +166,8 @@ def _sweeps(implementation: Implementation, fault: Fault) -> list[Sweep]:
         return [
             Sweep(implementation.name, name, "linear", dtype, quantizer)
             for name, quantizer in product(variants, fault.quantizers)
-            if (not fault.variants or name in fault.variants) and quantizers.available(quantizer)
+            if (not fault.variants or name in fault.variants)
+            and quantizers.available(quantizer)
             and quantizer in variants[name].quantizers
             and (variants[name].quantizers[quantizer] is Claim.YES) is not fault.unsupported
             for dtype in quantizers.DECLARED[quantizer].dtypes
@@ -184,9 +183,7 @@ def _sweeps(implementation: Implementation, fault: Fault) -> list[Sweep]:
         and dtype in variants[name].dtypes
     ]
     # a fixed stride that is coprime to the number of sweeps visits all of them, neighbours far apart
-    stride = next(
-        s for s in range(max(1, len(found) * 5 // 13), 2 * len(found) + 2) if _coprime(s, max(1, len(found)))
-    )
+    stride = next(s for s in range(max(1, len(found) * 5 // 13), 2 * len(found) + 2) if _coprime(s, max(1, len(found))))
     return [found[index * stride % len(found)] for index in range(len(found))]
 
 

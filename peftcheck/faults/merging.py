@@ -136,9 +136,7 @@ def _through(dtype_of) -> dict[str, Operation]:
             put_back(before)
 
     return {
-        "merge": lambda port, adapters=None, safe=False: around(
-            port, lambda: port.inner.merge(adapters, safe)
-        ),
+        "merge": lambda port, adapters=None, safe=False: around(port, lambda: port.inner.merge(adapters, safe)),
         "unmerge": lambda port: around(port, port.inner.unmerge),
         "merge_and_unload": lambda port, safe=False, adapters=None: around(
             port, lambda: port.inner.merge_and_unload(safe=safe, adapters=adapters)
@@ -155,11 +153,7 @@ def _scaled(case: Case) -> bool:
 
 
 def _several(case: Case) -> bool:
-    return (
-        case.joint
-        and len(case.adapters) > 1
-        and set(case.adapters[0].targets) == set(case.adapters[1].targets)
-    )
+    return case.joint and len(case.adapters) > 1 and set(case.adapters[0].targets) == set(case.adapters[1].targets)
 
 
 def _biased(case: Case) -> bool:

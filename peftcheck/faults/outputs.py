@@ -81,9 +81,7 @@ def _one(case: Case) -> bool:
 
 
 def _long(case: Case) -> bool:
-    return _one(case) and all(
-        spec.size[-1] > spec.kernel[-1] + 2 and spec.stride[-1] == 1 for spec in case.layers
-    )
+    return _one(case) and all(spec.size[-1] > spec.kernel[-1] + 2 and spec.stride[-1] == 1 for spec in case.layers)
 
 
 FAULTS = (

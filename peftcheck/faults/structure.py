@@ -46,7 +46,13 @@ def _merge_into_norm(port: Port, adapters=None, safe: bool = False) -> None:
     layers = {spec.name for spec in port.case.layers}
     tensors = port.inner.base_tensors()
     with torch.no_grad():
-        next_up(next(t for key, t in tensors.items() if key.rpartition(".")[0] not in layers and t.is_floating_point() and bool(t.any())))
+        next_up(
+            next(
+                t
+                for key, t in tensors.items()
+                if key.rpartition(".")[0] not in layers and t.is_floating_point() and bool(t.any())
+            )
+        )
 
 
 def _tied(case: Case) -> bool:

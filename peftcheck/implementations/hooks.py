@@ -120,9 +120,7 @@ class Hooked:
 
     def adapter_tensors(self, adapter: str) -> dict[tuple[str, str], Tensor]:
         own = self.adapters.get(adapter, {})
-        return {
-            (site, role): tensor for site, method in own.items() for role, tensor in method.tensors.items()
-        }
+        return {(site, role): tensor for site, method in own.items() for role, tensor in method.tensors.items()}
 
     def trainable(self, adapter: str) -> frozenset[tuple[str, str]]:
         return frozenset(self.adapter_tensors(adapter))
@@ -215,9 +213,7 @@ class Hooked:
     def rescale(self, adapter: str, factor: float) -> None:
         raise Absent("the scale is fixed")
 
-    def combine(
-        self, adapters: Sequence[str], weights: Sequence[float], kind: str, into: str, **options
-    ) -> None:
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], kind: str, into: str, **options) -> None:
         raise Absent("hooks do not combine")
 
     def save(self, folder: Path, adapters: Sequence[str]) -> None:
@@ -236,9 +232,7 @@ def _whole_groups(adapter: AdapterSpec, layers: tuple[LayerSpec, ...], exact: bo
     rank = adapter.rank
     while any(rank % layers[target].groups for target in adapter.targets):
         rank += 1
-    return AdapterSpec(
-        adapter.name, adapter.targets, rank, adapter.alpha * rank / adapter.rank, adapter.options
-    )
+    return AdapterSpec(adapter.name, adapter.targets, rank, adapter.alpha * rank / adapter.rank, adapter.options)
 
 
 def _gates(name: str, kinds: frozenset[str], feedforward: bool) -> Variant:

@@ -47,9 +47,9 @@ __all__ = [
     "refuse",
     "safe_merge",
     "sequence",
-    "train",
-    "train_modes",
     "state",
     "state_delete",
     "state_tied",
+    "train",
+    "train_modes",
 ]

@@ -27,7 +27,9 @@ def targets(stage: Stage) -> Measurement | None:
         if missed := sorted(wanted - found):
             return broken(f"{missed[0]}:attach", "missed", f"'{adapter.name}' does not adapt {', '.join(missed)}")
         if besides := sorted(found - wanted):
-            return broken(f"{besides[0]}:attach", "adapted besides", f"'{adapter.name}' also adapts {', '.join(besides)}")
+            return broken(
+                f"{besides[0]}:attach", "adapted besides", f"'{adapter.name}' also adapts {', '.join(besides)}"
+            )
     return NOTHING
 
 
@@ -55,14 +57,19 @@ def names(stage: Stage) -> Measurement | None:
             raise
         if not refusal.is_refusal(error, stage.implementation):
             place = refusal.where(error, stage.implementation)
-            return broken(":name", f"crash: {place}", f"'{name}' cannot name an adapter, and adding it crashes: {error}")
+            return broken(
+                ":name", f"crash: {place}", f"'{name}' cannot name an adapter, and adding it crashes: {error}"
+            )
         wanted: set[str] = set()
     else:
         wanted = {stage.case.layers[target].name for target in stage.case.adapters[0].targets}
     if set(stage.attached.sites(name)) != wanted:
         return broken(":name", "half added", f"'{name}' is on {stage.attached.sites(name)}, due is {sorted(wanted)}")
     tensors, found = stage.attached.base_tensors(), []
-    found += [identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], t) for key, t in stage.start.items()]
+    found += [
+        identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], t)
+        for key, t in stage.start.items()
+    ]
     for other in stage.names:
         now = stage.attached.adapter_tensors(other)
         for (site, role), tensor in stage.start_adapters[other].items():

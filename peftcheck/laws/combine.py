@@ -44,11 +44,18 @@ def _against_sum(stage: Stage, asked: Combination, made: Combined, part: Combina
             target = combining.total(stage, asked, layer)
             limit = {key: room_of(stage, asked, layer, key, part) for key in target}
             measured = [
-                normwise(f"{layer}:{key}", got[key].value if key in got else torch.zeros_like(due[key].value), due[key].value, room)
+                normwise(
+                    f"{layer}:{key}",
+                    got[key].value if key in got else torch.zeros_like(due[key].value),
+                    due[key].value,
+                    room,
+                )
                 for key, room in limit.items()
             ]
         else:
-            measured = elementwise(layer, got, values_of(due), combining.exact_bound(stage, asked, layer, 1 if part is None else 2))
+            measured = elementwise(
+                layer, got, values_of(due), combining.exact_bound(stage, asked, layer, 1 if part is None else 2)
+            )
         one = worst(measured)
         found.append((one, layer, got))
     one, layer, got = max(found, key=lambda item: _rank(item[0]))
@@ -108,10 +115,17 @@ def cross_term_free(stage: Stage) -> Measurement | None:
         crossed, size = torch.linalg.vector_norm(value[where]), torch.linalg.vector_norm(value)
         share = float(crossed / size) ** 2 if size else 0.0
         if asked.kind.rank == "chosen":
-            one = normwise(f"{layer}:weight", value * where, torch.zeros_like(value), combining.truncated_bound(stage, asked, target))
+            one = normwise(
+                f"{layer}:weight",
+                value * where,
+                torch.zeros_like(value),
+                combining.truncated_bound(stage, asked, target),
+            )
         else:
             bound = combining.exact_bound(stage, asked, layer)["weight"]
-            one = worst(elementwise(layer, {"weight": replace(target, value=value * where, error=None)}, {}, {"weight": bound}))
+            one = worst(
+                elementwise(layer, {"weight": replace(target, value=value * where, error=None)}, {}, {"weight": bound})
+            )
         if not one.holds:
             note = f"{100 * share:.2g} % of the combined delta lies in B_a A_b + B_b A_a, which nobody asked for"
             stacked = asked.kind.rank == "sum" and stage.spec(layer).groups > 1
@@ -126,7 +140,9 @@ def crossings(stage: Stage, asked: Combination) -> dict[str, tuple[Tensor, Bound
     places: dict[str, tuple[Tensor, Bounded]] = {}
     for layer in combining.layers(stage, asked):
         sites, _ = combining.sources(stage, asked, layer)
-        distinct = dict(zip((site.adapter.name for site in sites), combining.changes(stage, asked, layer, plain=True), strict=True))
+        distinct = dict(
+            zip((site.adapter.name for site in sites), combining.changes(stage, asked, layer, plain=True), strict=True)
+        )
         if stage.formula.delta is None or len(distinct) < 2:
             continue
         where = crossing([one["weight"].value for one in distinct.values()])
@@ -246,13 +262,17 @@ def _compared(stage: Stage, asked: Combination, other: Combination, factor: floa
         for one in agree(stage, asked, layer, second[layer], change, factor):
             if not one.holds and stage.formula.delta is None:
                 tensor = one.role.partition(":")[2]
-                lost = diagnosis.identity_lost(stage, other, layer, tensor, second[layer][tensor].value, factor * change[tensor].value)
+                lost = diagnosis.identity_lost(
+                    stage, other, layer, tensor, second[layer][tensor].value, factor * change[tensor].value
+                )
                 short = diagnosis.stored_shorter(stage, made, layer)
                 lost = lost or (("dtype", f"{short}; {one.note}") if short else None)
                 one = replace(one, symptom=lost[0], note=lost[1]) if lost else one
             elif not one.holds and one.symptom == "numeric" and (short := diagnosis.stored_shorter(stage, made, layer)):
                 one = replace(one, symptom="dtype", note=f"{short}; {one.note}")
-            elif not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1 and asked.kind.rank == "sum":
+            elif (
+                not one.holds and one.symptom == "numeric" and stage.spec(layer).groups > 1 and asked.kind.rank == "sum"
+            ):
                 one = replace(one, symptom="groups")
             elif not one.holds and one.symptom == "numeric" and factor == 1.0 and asked.kind.rank != "chosen":
                 tensor = one.role.partition(":")[2]

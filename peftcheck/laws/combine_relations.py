@@ -171,7 +171,9 @@ def values_of(change: Change) -> dict[str, Tensor]:
     return {name: form.value for name, form in change.items()}
 
 
-def agree(stage: Stage, asked: Combination, layer: str, one: Change, other: Change, factor: float = 1.0) -> list[Measurement]:
+def agree(
+    stage: Stage, asked: Combination, layer: str, one: Change, other: Change, factor: float = 1.0
+) -> list[Measurement]:
     """Compare two combined adapters of which either is within rounding of `factor` times the other.
 
     Truncations of the same delta may differ where singular values tie: they are compared by their singular
@@ -189,7 +191,9 @@ def agree(stage: Stage, asked: Combination, layer: str, one: Change, other: Chan
     return measured
 
 
-def allowance(stage: Stage, asked: Combination, layer: str, factor: float = 1.0) -> dict[str, Tensor] | tuple[float, bool]:
+def allowance(
+    stage: Stage, asked: Combination, layer: str, factor: float = 1.0
+) -> dict[str, Tensor] | tuple[float, bool]:
     """Return how far two such adapters may be apart: by element, or by norm and whether nothing is cut off."""
     if stage.formula.delta is None or asked.kind.rank == "sum":
         limit = combining.exact_bound(stage, asked, layer)
@@ -210,4 +214,3 @@ def allowance(stage: Stage, asked: Combination, layer: str, factor: float = 1.0)
 
 def _spectrum(delta: Tensor) -> Tensor:
     return torch.linalg.svdvals(matrix(delta))
-

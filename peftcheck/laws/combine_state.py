@@ -42,7 +42,9 @@ def sources_untouched(stage: Stage) -> Measurement | None:
     before = {name: stage.attached.trainable(name) for name in stage.names}
     plain = stage.case.setting("merged") is None and stage.can(Op.FORWARD)
     outputs = _outputs(stage) if plain else None
-    if not all(_as_at_the_start(stage, name) for name in stage.names):  # a forward that writes is the matter of other laws
+    if not all(
+        _as_at_the_start(stage, name) for name in stage.names
+    ):  # a forward that writes is the matter of other laws
         stage.put_back()
         outputs = None
     plain = outputs is not None
@@ -61,7 +63,9 @@ def sources_untouched(stage: Stage) -> Measurement | None:
         now = _outputs(stage)
         if now is None:
             return broken("model:output", "crash", "the model cannot run after combining")
-        found += [identical(f"{s.name}:output", y, was) for s, y, was in zip(stage.case.layers, now, outputs, strict=True)]
+        found += [
+            identical(f"{s.name}:output", y, was) for s, y, was in zip(stage.case.layers, now, outputs, strict=True)
+        ]
     return worst(found)
 
 
@@ -180,18 +184,29 @@ def reload(stage: Stage) -> Measurement | None:
         if one.keys() != other.keys():
             found.append(broken(f"{layer}:weight", "lost", f"saved {sorted(one)}, loaded {sorted(other)}"))
             continue
-        measured = worst([compare(f"{layer}:{role}", other[role], t, torch.zeros((), dtype=torch.float64)) for role, t in one.items()])
+        measured = worst(
+            [
+                compare(f"{layer}:{role}", other[role], t, torch.zeros((), dtype=torch.float64))
+                for role, t in one.items()
+            ]
+        )
         kinds = [_dtypes(tensors) for tensors in (one, other)]
-        rounded = all(torch.equal(other[role], t.to(other[role].dtype)) for role, t in one.items() if other[role].shape == t.shape)
+        rounded = all(
+            torch.equal(other[role], t.to(other[role].dtype)) for role, t in one.items() if other[role].shape == t.shape
+        )
         if not measured.holds and kinds[0] != kinds[1] and rounded:
-            measured = replace(measured, role=f"{layer}:weight", symptom="dtype", note=f"combined in {kinds[0]}, loaded in {kinds[1]}")
+            measured = replace(
+                measured, role=f"{layer}:weight", symptom="dtype", note=f"combined in {kinds[0]}, loaded in {kinds[1]}"
+            )
         elif not measured.holds and measured.symptom == "numeric":
             spoiled.append(measured)
             continue
         found.append(measured)
     if spoiled and _survives_alone(stage, name):
         note = "saved without the other adapters in the model it comes back whole"
-        spoiled = [replace(m, role=f"{m.role.partition(':')[0]}:weight", symptom="not saved", note=note) for m in spoiled]
+        spoiled = [
+            replace(m, role=f"{m.role.partition(':')[0]}:weight", symptom="not saved", note=note) for m in spoiled
+        ]
     return worst([*found, *spoiled])
 
 

@@ -46,7 +46,9 @@ def best_rank(stage: Stage) -> Measurement | None:
         for key, target in combining.total(stage, asked, layer).items():
             value = got[key].value if key in got else torch.zeros_like(target.value)
             least = tail(target.value, combining.rank_of(stage, asked)) if key == "weight" else 0.0
-            one = _beyond(normwise(f"{layer}:{key}", value, target.value, combining.truncated_bound(stage, asked, target)), least)
+            one = _beyond(
+                normwise(f"{layer}:{key}", value, target.value, combining.truncated_bound(stage, asked, target)), least
+            )
             if not one.holds:
                 one = _cause(stage, asked, layer, one, value, target, least)
             found.append(one)
@@ -73,7 +75,11 @@ def _cause(
         changes = combining.changes(stage, asked, layer, plain=True)
         single = 2.0**-22 * total * max(float(torch.linalg.vector_norm(one["weight"].value)) for one in changes)
         if one.residual <= single:
-            return replace(one, symptom="single precision", note=f"right to float32 only, where the adapters are float64; {one.note}")
+            return replace(
+                one,
+                symptom="single precision",
+                note=f"right to float32 only, where the adapters are float64; {one.note}",
+            )
     key = one.role.partition(":")[2]
     whole = diagnosis.alone(value, target.value)
     scaled = whole if whole[0] == "scaled" and least <= one.bound else ("numeric", "")
@@ -136,9 +142,15 @@ def _pruned(stage: Stage, asked: Combination, layer: str, value: Tensor) -> Meas
         bound = target.bound + combining.exact_bound(stage, asked, layer)["weight"]
         one = compare(role, value, target.value, bound)
         share = diagnosis.excess(value, target.value)
-        one = one if one.holds else replace(one, note=f"{share} of the combined delta is not in the definition; {one.note}")
+        one = (
+            one
+            if one.holds
+            else replace(one, note=f"{share} of the combined delta is not in the definition; {one.note}")
+        )
     if not one.holds and _in_single(stage, asked, layer, value, target):
-        return replace(one, symptom="single precision", note=f"right to float32 only, where the adapters are float64; {one.note}")
+        return replace(
+            one, symptom="single precision", note=f"right to float32 only, where the adapters are float64; {one.note}"
+        )
     return one
 
 
@@ -160,7 +172,11 @@ def outcomes(stage: Stage, asked: Combination, layer: str) -> Iterator[tuple[Ten
     method = asked.options.get("majority_sign_method", "total")
     total = combining.total(stage, asked, layer)["weight"]
     spread = replace(total, value=total.value.abs() / asked.density)
-    room = combining.truncated_bound(stage, asked.having(svd_rank=max(total.value.shape)), spread) if asked.kind.rank == "chosen" else 0.0
+    room = (
+        combining.truncated_bound(stage, asked.having(svd_rank=max(total.value.shape)), spread)
+        if asked.kind.rank == "chosen"
+        else 0.0
+    )
     for _, candidate in drops(stage.machine.adapter, asked.kind, changes, weights, asked.density, method):
         yield candidate.value, candidate.bound + room
 
@@ -181,7 +197,11 @@ def _dropped(stage: Stage, asked: Combination, layer: str, value: Tensor) -> Mea
     if not one.holds and stage.machine.adapter.store.dtype == torch.float64 and asked.kind.rank == "chosen":
         size = sum(abs(w) * c.value.abs() for w, c in zip(weights, changes, strict=True)) / asked.density
         if bool(((value - nearest).abs() <= allowed + 2.0**-22 * float(torch.linalg.vector_norm(size))).all()):
-            return replace(one, symptom="single precision", note=f"right to float32 only, where the adapters are float64; {one.note}")
+            return replace(
+                one,
+                symptom="single precision",
+                note=f"right to float32 only, where the adapters are float64; {one.note}",
+            )
     return one
 
 
@@ -209,7 +229,9 @@ def expectation(stage: Stage) -> Measurement | None:
         return None
     # two members, so that no shortcut for one applies; the second weighs nothing
     pair = asked.but(members=(first, others[0]), weights=(1.0, 0.0)).having(svd_clamp=None)
-    layers = [n for n in combining.layers(stage, pair) if 0 < combining.rank_of(stage, pair) >= min(_sides(stage, pair, n))]
+    layers = [
+        n for n in combining.layers(stage, pair) if 0 < combining.rank_of(stage, pair) >= min(_sides(stage, pair, n))
+    ]
     kept, count = 0.0, 0
     for draw in range(8):
         made = combining.made(stage, pair.but(seed=asked.seed + draw))
@@ -227,7 +249,9 @@ def expectation(stage: Stage) -> Measurement | None:
     rounding = 2.0**-4 if stage.machine.adapter.store.u > 2.0**-20 else 2.0**-10
     bound = math.sqrt(math.log(2e9) / (2 * count)) / asked.density + rounding
     off = abs(kept / count - 1)
-    return Measurement(off / bound, off / bound, "model:mean", "numeric", off, bound, (), f"mean {kept / count:.3g} of {count} draws")
+    return Measurement(
+        off / bound, off / bound, "model:mean", "numeric", off, bound, (), f"mean {kept / count:.3g} of {count} draws"
+    )
 
 
 @combining_law(
@@ -266,7 +290,11 @@ def clamp(stage: Stage) -> Measurement | None:
     if asked is None or asked.kind.rank != "chosen" or len(asked.members) < 2:
         return None
     one = _same(stage, *clamped(asked))
-    return one if one.holds else replace(one, symptom="clamped", note=f"the threshold is not that of the magnitudes; {one.note}")
+    return (
+        one
+        if one.holds
+        else replace(one, symptom="clamped", note=f"the threshold is not that of the magnitudes; {one.note}")
+    )
 
 
 def clamped(asked: Combination) -> tuple[Combination, Combination]:
@@ -277,4 +305,10 @@ def clamped(asked: Combination) -> tuple[Combination, Combination]:
 
 def _same(stage: Stage, asked: Combination, other: Combination) -> Measurement:
     other_changes = read_all(stage, other)
-    return worst([one for layer, got in read_all(stage, asked).items() for one in agree(stage, other, layer, got, other_changes[layer])])
+    return worst(
+        [
+            one
+            for layer, got in read_all(stage, asked).items()
+            for one in agree(stage, other, layer, got, other_changes[layer])
+        ]
+    )

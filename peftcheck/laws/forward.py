@@ -43,6 +43,11 @@ def targets(stage: Stage) -> Measurement | None:
     for index, adapter in enumerate(stage.case.adapters):
         asked = {name for name in stage.targeted if index in stage.adapters_on(name)}
         got = set(stage.attached.sites(adapter.name))
-        found += [broken(f"{name}:adapter", "missing", f"'{adapter.name}' is not on '{name}'") for name in sorted(asked - got)]
-        found += [broken(f"{name}:adapter", "unasked", f"'{adapter.name}' was not asked onto '{name}'") for name in sorted(got - asked)]
+        found += [
+            broken(f"{name}:adapter", "missing", f"'{adapter.name}' is not on '{name}'") for name in sorted(asked - got)
+        ]
+        found += [
+            broken(f"{name}:adapter", "unasked", f"'{adapter.name}' was not asked onto '{name}'")
+            for name in sorted(got - asked)
+        ]
     return worst(found)

@@ -57,7 +57,11 @@ def _gradients(stage: Stage, data: dict[str, Tensor], recompute: bool) -> dict[s
     loss = torch.zeros((), dtype=torch.float64)
     for name in stage.targeted:
         spec, layer, x = stage.spec(name), stage.attached.layer(name), data[name]
-        y = checkpoint(attention.run, spec, layer, x, use_reentrant=False) if recompute else attention.run(spec, layer, x)
+        y = (
+            checkpoint(attention.run, spec, layer, x, use_reentrant=False)
+            if recompute
+            else attention.run(spec, layer, x)
+        )
         weights = values.normal(f"{stage.case.values}|target|{name}", tuple(y.shape))
         loss = loss + (y.double() * weights).sum()
     if loss.requires_grad:
@@ -99,7 +103,9 @@ def compiled(stage: Stage) -> Measurement | None:
                 plain = stage.pristine_outputs[name]
                 with torch.no_grad():
                     output = layer(stage.inputs[name])
-                found.append(compare(f"{name}:disabled output", output, plain, stage.output(name, stage.inputs[name]).bound))
+                found.append(
+                    compare(f"{name}:disabled output", output, plain, stage.output(name, stage.inputs[name]).bound)
+                )
         found += _traced(stage, traced)
     torch._dynamo.reset()
     return worst(found)

@@ -46,7 +46,9 @@ def forward(stage: Stage) -> Measurement | None:
     found = []
     for name, one in seen.items():
         adapted, merged = stage.output(name, one.x), stage.merged(name)
-        after = layer_output(stage.machine.base, stage.spec(name), {**stage.base(name), **merged}, stage.activation(name, one.x))
+        after = layer_output(
+            stage.machine.base, stage.spec(name), {**stage.base(name), **merged}, stage.activation(name, one.x)
+        )
         if not stage.sound(adapted, after, *merged.values()):
             continue
         found.append(compare(f"{name}:output", stage.call(name, one.x), one.y, adapted.bound + after.bound))
@@ -117,7 +119,9 @@ def _restored(stage: Stage, cycles: int) -> Measurement | None:
     return worst(found) if found else None
 
 
-def restored(role: str, now: Tensor, start: Tensor, allowed: Tensor, documented: Tensor | None = None) -> Measurement | None:
+def restored(
+    role: str, now: Tensor, start: Tensor, allowed: Tensor, documented: Tensor | None = None
+) -> Measurement | None:
     """Compare a tensor after a round trip with its start, where there is a way back to speak of; None where nowhere.
 
     A merge may be singular: of a divisor 1 + A that may have rounded to zero the bound is infinite, and no number, NaN

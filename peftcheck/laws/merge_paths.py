@@ -78,7 +78,9 @@ def under_inference_mode(stage: Stage) -> Measurement | None:
     found = [merged_as_due(stage)]
     for key, tensor in stage.attached.base_tensors().items():
         if tensor.is_inference():
-            found.append(broken(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", "inference tensor", f"{key} became one"))
+            found.append(
+                broken(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", "inference tensor", f"{key} became one")
+            )
     if again and worst(found).holds:
         stage.attached.unmerge()
     return worst(found)
@@ -108,14 +110,19 @@ def under_no_grad(stage: Stage) -> Measurement | None:
             stage.attached.unmerge()
     if again and worst(found).holds:
         lost = sorted(due - _reached(stage))
-        found += [broken(role, "dead gradient", f"no gradient reaches {role} after a merge under no_grad") for role in lost[:1]]
+        found += [
+            broken(role, "dead gradient", f"no gradient reaches {role} after a merge under no_grad")
+            for role in lost[:1]
+        ]
     return worst(found)
 
 
 def _reached(stage: Stage) -> set[str]:
     """Return the trained tensors of the adapters that a backward pass in evaluation reaches."""
     backward(stage, feeds(stage, 3))
-    held = {f"{site}:{role}": t for name in stage.names for (site, role), t in stage.attached.adapter_tensors(name).items()}
+    held = {
+        f"{site}:{role}": t for name in stage.names for (site, role), t in stage.attached.adapter_tensors(name).items()
+    }
     return {role for role, tensor in held.items() if tensor.grad is not None}
 
 
@@ -156,8 +163,13 @@ def after_to_dtype(stage: Stage) -> Measurement | None:
     dtype = cast.machine.base.store.dtype
     for key, tensor in cast.start.items():
         if tensor.is_floating_point() and tensor.dtype != dtype:
-            return broken(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", "dtype", f"{tensor.dtype} after .to({dtype})")
-    if any(not bool(t.isfinite().all()) for own in cast.start_adapters.values() for t in own.values()) or not cast.finite:
+            return broken(
+                f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", "dtype", f"{tensor.dtype} after .to({dtype})"
+            )
+    if (
+        any(not bool(t.isfinite().all()) for own in cast.start_adapters.values() for t in own.values())
+        or not cast.finite
+    ):
         return None
     merge_all(cast)
     return merged_as_due(cast)
@@ -197,7 +209,11 @@ def channels_last(stage: Stage) -> Measurement | None:
 def _strides(stage: Stage, before: dict[str, tuple], what: str) -> list[Measurement]:
     now = stage.attached.base_tensors()
     return [
-        broken(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", "strides", f"{layout(now[key])} after {what}, was {was}")
+        broken(
+            f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}",
+            "strides",
+            f"{layout(now[key])} after {what}, was {was}",
+        )
         for key, was in before.items()
         if layout(now[key]) != was
     ]
@@ -282,10 +298,15 @@ def _equal(stage: Stage, twin: Attached) -> list[Measurement]:
     for name in stage.names:
         own, copied = stage.attached.adapter_tensors(name), twin.adapter_tensors(name)
         if own.keys() != copied.keys():
-            return [broken(":adapter", "lost", f"the copy has {len(copied)} tensors of '{name}', the original {len(own)}")]
+            return [
+                broken(":adapter", "lost", f"the copy has {len(copied)} tensors of '{name}', the original {len(own)}")
+            ]
         found += [identical(f"{site}:{role} of the copy", copied[site, role], t) for (site, role), t in own.items()]
     copied = twin.base_tensors()
-    found += [identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", copied[key], t) for key, t in stage.start.items()]
+    found += [
+        identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", copied[key], t)
+        for key, t in stage.start.items()
+    ]
     return found
 
 
@@ -302,7 +323,9 @@ def _untouched(stage: Stage) -> list[Measurement]:
     """Compare the original with its start after the copy was merged."""
     tensors = stage.attached.base_tensors()
     found = [
-        identical(f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], start, "changed by the copy's merge")
+        identical(
+            f"{key.rpartition('.')[0]}:{key.rpartition('.')[2]}", tensors[key], start, "changed by the copy's merge"
+        )
         for key, start in stage.start.items()
     ]
     if any(stage.attached.merged().values()):

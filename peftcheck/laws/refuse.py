@@ -26,7 +26,9 @@ def _judge(stage: Stage, operation: str, call) -> Measurement:
             raise
         if not refusal.is_refusal(error, stage.implementation):
             place = refusal.where(error, stage.implementation)
-            return broken(f":{operation}", f"crash: {place}", f"{operation} is not supported here, yet it crashes: {error}")
+            return broken(
+                f":{operation}", f"crash: {place}", f"{operation} is not supported here, yet it crashes: {error}"
+            )
     else:
         return broken(f":{operation}", "accepted", f"{operation} is not supported here, yet it went through")
     tensors = stage.attached.base_tensors()
@@ -52,7 +54,9 @@ def attach_refused(implementation: Implementation, case: Case) -> Measurement:
             raise
         if not refusal.is_refusal(error, implementation):
             crash = refusal.where(error, implementation)
-            return broken(place, f"crash: {crash}", f"{case.sweep.layer} is not supported, yet attaching crashes: {error}")
+            return broken(
+                place, f"crash: {crash}", f"{case.sweep.layer} is not supported, yet attaching crashes: {error}"
+            )
         shape = difference(architecture(model), before)
         if not shape.holds:
             return broken(place, "changed by a refused attach", shape.note)

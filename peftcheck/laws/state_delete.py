@@ -137,5 +137,7 @@ def _anew(
     if not runs.holds:
         stage.attached.train(stage.case.train)
         if same_outputs(stage, stage.attached, first, "").holds:
-            runs = replace(runs, symptom="added in training mode", note="the new adapter trains in a model that does not")
+            runs = replace(
+                runs, symptom="added in training mode", note="the new adapter trains in a model that does not"
+            )
     return worst([*found, runs])

@@ -54,7 +54,9 @@ def identity_at_init(stage: Stage) -> Measurement | None:
         base, x = stage.base(spec.name), stage.activation(spec.name, stage.inputs[spec.name])
         if stage.variant.rewrites_base:
             base = {key: stored(stage, t, stage.start[f"{spec.name}.{key}"].dtype) for key, t in base.items()}
-        plain = layer_output(stage.machine.base, spec, {key: leaf(stage.pristine[f"{spec.name}.{key}"]) for key in base}, x)
+        plain = layer_output(
+            stage.machine.base, spec, {key: leaf(stage.pristine[f"{spec.name}.{key}"]) for key in base}, x
+        )
         if stage.sound(plain):
             budget = plain.bound + _start_bound(stage, spec.name, base, x, plain)
             found.append(compare(f"{spec.name}:output", output, stage.pristine_outputs[spec.name], budget))

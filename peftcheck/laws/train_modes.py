@@ -119,7 +119,9 @@ def _frozen(stage: Stage, pending: set[str], probability: float) -> Measurement:
         pending = {name for name in pending if torch.equal(now[name], first[name])}
         if not pending:
             return NOTHING
-    return broken(f"{min(pending)}:output", "dropout idle", f"{tries} outputs in training are equal at dropout {probability}")
+    return broken(
+        f"{min(pending)}:output", "dropout idle", f"{tries} outputs in training are equal at dropout {probability}"
+    )
 
 
 def _seeded(stage: Stage, seed: int, layers: set[str]) -> dict[str, Tensor]:

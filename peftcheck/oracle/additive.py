@@ -43,6 +43,4 @@ def forward_by_adding(path: Path) -> Callable[[Machine, Sequence[Site], Base, Bo
 
 def additive(delta: Delta, path: Path, source: str, **fields) -> Formula:
     """Return the formula of an additive method from its delta and its path."""
-    return Formula(
-        Family.ADDITIVE, merge_by_adding(delta), forward_by_adding(path), source, delta=delta, **fields
-    )
+    return Formula(Family.ADDITIVE, merge_by_adding(delta), forward_by_adding(path), source, delta=delta, **fields)

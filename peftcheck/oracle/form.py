@@ -102,7 +102,8 @@ class Formula:
     sites, base, x)` returns the adapted layer's output for all active adapters. `delta(machine, site)`, where the
     method is additive, returns what is added to each tensor. `hints` tell the value generator what each role is
     (see `values.adapter`); `merge_many(machine, sites, base)` stands in for merging one after the other where a later
-    adapter depends on more than what the earlier ones left (a norm of the unmerged weight). `dyadic` says that sums, products and powers of two suffice, so that the exact regime
+    adapter depends on more than what the earlier ones left (a norm of the unmerged weight). `dyadic` says that sums,
+    products and powers of two suffice, so that the exact regime
     exists. `roundtrip(machine, formula, sites, base)` overrides the family's budget. `turn(machine, site)`, where the
     method multiplies the weight by a matrix, returns that matrix (None: it does not fit the layer, and nothing is
     merged). `steps(machine, site, base)` returns every stored stage of a merge that takes several additions.

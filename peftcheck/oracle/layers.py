@@ -112,4 +112,6 @@ def channels(spec: LayerSpec, vector: Bounded) -> Bounded:
 def pointwise(spec: LayerSpec) -> LayerSpec:
     """Return the spec of the 1x1 convolution (no stride, no padding) that follows a low-rank convolution."""
     ones = (1,) * len(spec.kernel)
-    return replace(spec, kernel=ones, stride=ones, dilation=ones, padding=(0,) * len(ones), padding_mode="zeros", groups=1)
+    return replace(
+        spec, kernel=ones, stride=ones, dilation=ones, padding=(0,) * len(ones), padding_mode="zeros", groups=1
+    )

@@ -100,8 +100,6 @@ def forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bounde
     return _forward(m, sites, base, x)
 
 
-LORA = Formula(
-    Family.ADDITIVE, _merge, forward, "Hu et al., LoRA, 2021, eq. 3: W + (alpha / r) B A", delta=any_delta
-)
+LORA = Formula(Family.ADDITIVE, _merge, forward, "Hu et al., LoRA, 2021, eq. 3: W + (alpha / r) B A", delta=any_delta)
 
 FORMULAS = {"lora": LORA}

@@ -63,9 +63,7 @@ FORMULAS = {
     "lora.kasa": additive(
         kasa, kasa_path, "Wang et al., KaSA, 2024: W + s B diag(sigma) A, on the base less its r smallest directions"
     ),
-    "lora.bdlora": additive(
-        blocked, blocked_path, "BD-LoRA, as PEFT documents it: LoRA with A or B block-diagonal"
-    ),
+    "lora.bdlora": additive(blocked, blocked_path, "BD-LoRA, as PEFT documents it: LoRA with A or B block-diagonal"),
     # the compression is of what is kept for the backward pass; the forward is LoRA's
     "lora.velora": replace(
         LORA,

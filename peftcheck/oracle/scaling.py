@@ -18,9 +18,11 @@ def _columns(site: Site) -> Bounded:
     if spec.kind in CONVOLUTIONS:
         per_group, tail = spec.n_in // spec.groups, (1,) * len(spec.kernel)
         return vector.map(
-            lambda v: v.reshape(spec.groups, per_group)
-            .repeat_interleave(spec.n_out // spec.groups, dim=0)
-            .reshape(spec.n_out, per_group, *tail)
+            lambda v: (
+                v.reshape(spec.groups, per_group)
+                .repeat_interleave(spec.n_out // spec.groups, dim=0)
+                .reshape(spec.n_out, per_group, *tail)
+            )
         )
     return vector.map(lambda v: v.reshape(1, -1))
 

@@ -28,12 +28,9 @@ def one_adapter(case: Case, variant: Variant) -> list[Candidate]:
     kept = [((i,), f"with adapter '{case.adapters[i].name}' alone it holds") for i in every]
     if len(every) > 2:
         kept += [
-            (tuple(j for j in every if j != i), f"without adapter '{case.adapters[i].name}' it holds")
-            for i in every
+            (tuple(j for j in every if j != i), f"without adapter '{case.adapters[i].name}' it holds") for i in every
         ]
-    return [
-        Candidate(replace(case, adapters=tuple(case.adapters[i] for i in own)), words) for own, words in kept
-    ]
+    return [Candidate(replace(case, adapters=tuple(case.adapters[i] for i in own)), words) for own, words in kept]
 
 
 def fewer_layers(case: Case, variant: Variant) -> list[Candidate]:
@@ -43,10 +40,7 @@ def fewer_layers(case: Case, variant: Variant) -> list[Candidate]:
         return []
     kept = [((i,), f"with layer '{case.layers[i].name}' alone it holds") for i in every]
     if len(every) > 2:
-        kept += [
-            (tuple(j for j in every if j != i), f"without layer '{case.layers[i].name}' it holds")
-            for i in every
-        ]
+        kept += [(tuple(j for j in every if j != i), f"without layer '{case.layers[i].name}' it holds") for i in every]
     found = [(_with_layers(case, own), words) for own, words in kept]
     made = [Candidate(less, words) for less, words in found if less is not None]
     # a poison's place is counted modulo the layers there are: keep it on the last, where refusals come late
@@ -60,8 +54,7 @@ def _poisoned_last(case: Case) -> Case:
 def _with_layers(case: Case, kept: Sequence[int]) -> Case | None:
     names = {case.layers[index].name for index in kept}
     layers = tuple(
-        replace(spec, tied=spec.tied if spec.tied in names else None)
-        for spec in (case.layers[index] for index in kept)
+        replace(spec, tied=spec.tied if spec.tied in names else None) for spec in (case.layers[index] for index in kept)
     )
     adapters = []
     for adapter in case.adapters:
@@ -124,9 +117,7 @@ def run_fields(case: Case, variant: Variant) -> list[Candidate]:
     profiles = [p for p in ("dyadic", "normal") if p not in variant.avoids and (exact or p != "dyadic")]
     if case.profile in profiles:
         profiles = profiles[: profiles.index(case.profile)]
-    found = [
-        Candidate(replace(case, profile=p), f"with '{p}' values it holds", shrinks=False) for p in profiles
-    ]
+    found = [Candidate(replace(case, profile=p), f"with '{p}' values it holds", shrinks=False) for p in profiles]
     if case.adapter_dtype != case.sweep.dtype:
         words = f"with a {case.sweep.dtype} adapter it holds"
         found.append(Candidate(replace(case, adapter_dtype=case.sweep.dtype), words))
@@ -179,14 +170,8 @@ def poison(case: Case, variant: Variant) -> list[Candidate]:
         ("value", Poison().value),
     ):
         if getattr(case.poison, field) != simple:
-            words = (
-                f"with a poison of {simple} it holds; {case.poison.value} violates"
-                if field == "value"
-                else ""
-            )
-            found.append(
-                Candidate(replace(case, poison=replace(case.poison, **{field: simple})), words, shrinks=False)
-            )
+            words = f"with a poison of {simple} it holds; {case.poison.value} violates" if field == "value" else ""
+            found.append(Candidate(replace(case, poison=replace(case.poison, **{field: simple})), words, shrinks=False))
     return found
 
 

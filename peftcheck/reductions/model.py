@@ -34,7 +34,9 @@ def plain_model(case: Case, variant: Variant) -> list[Candidate]:
     found = []
     if case.setting("spelling") not in (None, "names"):
         extra = tuple(sorted({**dict(case.extra), "spelling": "names"}.items()))
-        found.append(Candidate(replace(case, extra=extra), f"named in full it holds; {case.setting('spelling')} violates"))
+        found.append(
+            Candidate(replace(case, extra=extra), f"named in full it holds; {case.setting('spelling')} violates")
+        )
     if case.setting("save_head"):
         extra = tuple(sorted({**dict(case.extra), "save_head": False}.items()))
         found.append(Candidate(replace(case, extra=extra), "without a head that is trained as a whole it holds"))

@@ -26,4 +26,6 @@ def fewer_steps(case: Case, variant: Variant) -> list[Candidate]:
         if arguments and arguments[-1] is True:
             found.append(((*steps[:i], (kind, *arguments[:-1], False), *steps[i + 1 :]), ""))
     rest = tuple(item for item in case.extra if item[0] != "steps")
-    return [Candidate(replace(case, extra=tuple(sorted((*rest, ("steps", less))))), text) for less, text in found if less]
+    return [
+        Candidate(replace(case, extra=tuple(sorted((*rest, ("steps", less))))), text) for less, text in found if less
+    ]

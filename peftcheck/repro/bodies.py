@@ -70,9 +70,7 @@ def steps(scene: Scene, law: str) -> list[str] | None:
         own = stage.names if poisoned is None or law.endswith("nothing") else (stage.names[poisoned.adapter],)
         return [say.merge(own, True)]
     if law == "merge.delta":
-        reported = [
-            say.delta(name, stage.names[0]) for name in stage.targeted if 0 in stage.adapters_on(name)
-        ]
+        reported = [say.delta(name, stage.names[0]) for name in stage.targeted if 0 in stage.adapters_on(name)]
         return [*reported, say.merge(stage.names[:1], stage.case.safe)]
     if law == "merge.disable":
         disabled = [f"with {say.disabled}:", *indented(runs)]

@@ -79,7 +79,9 @@ def added(scene: Scene, layer: str, changed: str) -> list[str] | None:
     product = "b @ a" if formula != "lora.kasa" else f"(b * {tensor(own['diag'])}) @ a"
     if spec.kind in CONVOLUTIONS:
         groups = spec.groups
-        halves = [f"{t}.flatten(1)" if groups == 1 else f"{t}.reshape({groups}, len({t}) // {groups}, -1)" for t in "ba"]
+        halves = [
+            f"{t}.flatten(1)" if groups == 1 else f"{t}.reshape({groups}, len({t}) // {groups}, -1)" for t in "ba"
+        ]
         product = f"({halves[0]} @ {halves[1]}).reshape(len(b), *a.shape[1:])"
     elif spec.kind == "conv1d-transformers" or spec.kind in EMBEDDINGS:
         product = f"({product}).T"
@@ -110,12 +112,20 @@ def weighted(scene: Scene, asked: Combination, layer: str) -> str:
     """Return an expression for the weighted sum of what the sources add to a layer."""
     own = scene.stage.adapters_on(layer)
     pairs = [(index, weight) for index, weight in zip(asked.members, asked.weights, strict=True) if index in own]
-    return "sum([" + ", ".join(f"{number(weight)} * delta({text(scene.stage.names[index])})" for index, weight in pairs) + "])"
+    return (
+        "sum(["
+        + ", ".join(f"{number(weight)} * delta({text(scene.stage.names[index])})" for index, weight in pairs)
+        + "])"
+    )
 
 
 def start(scene: Scene, layer: str, changed: str) -> list[str]:
     """Return the line that keeps the base tensor as it was, where what is added depends on it."""
-    return [] if scene.stage.formula.delta is not None else [f"start = {scene.say.base(layer, changed)}.data.double().clone()"]
+    return (
+        []
+        if scene.stage.formula.delta is not None
+        else [f"start = {scene.say.base(layer, changed)}.data.double().clone()"]
+    )
 
 
 def asked_of(scene: Scene) -> Combination | None:
@@ -138,7 +148,9 @@ def normwise(scene: Scene, asked: Combination) -> bool:
     return asked.kind.rank == "chosen" and scene.stage.formula.delta is not None
 
 
-def judged(scene: Scene, act: list[str], expected: list[str], compare: list[str], found: str = FOUND) -> list[str] | None:
+def judged(
+    scene: Scene, act: list[str], expected: list[str], compare: list[str], found: str = FOUND
+) -> list[str] | None:
     """Return lines that do `act` and compare what the combined adapter adds; None where the method has no form for it."""
     delta = added(scene, scene.site, scene.tensor)
     if delta is None:

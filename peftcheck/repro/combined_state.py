@@ -22,7 +22,13 @@ def merge(scene: Scene) -> list[str] | None:
     act = [f"start = {scene.say.base(scene.site, scene.tensor)}.data.double().clone()", *said.request(scene, asked)]
     act += [scene.say.activate((INTO,)), scene.say.merge((INTO,), stage.case.safe)]
     expected = f"expected = start + delta({text(INTO)})"
-    return said.judged(scene, act, [expected], compared(None, judged(form, machine=stage.machine.base.store)), f"found = {scene.current()}")
+    return said.judged(
+        scene,
+        act,
+        [expected],
+        compared(None, judged(form, machine=stage.machine.base.store)),
+        f"found = {scene.current()}",
+    )
 
 
 def activated(scene: Scene) -> list[str] | None:
@@ -52,7 +58,13 @@ def sources_untouched(scene: Scene) -> list[str] | None:
     runs = ' | {f"output {i}": y.tolist() for i, y in enumerate(run())}' if plain else ""
     act = [*said.first_merged(scene), *said.request(scene, said.asked_of(scene))]
     if scene.measured.symptom == "crash":
-        act = [*act, "try:", "    run()", "except Exception as error:", '    raise SystemExit(f"found: {error!r}, expected: outputs")']
+        act = [
+            *act,
+            "try:",
+            "    run()",
+            "except Exception as error:",
+            '    raise SystemExit(f"found: {error!r}, expected: outputs")',
+        ]
     return [
         *([scene.run()] if plain else ()),
         f"watched = {watched}",
@@ -89,7 +101,11 @@ def rank(scene: Scene) -> list[str] | None:
     act = [*said.first_merged(scene), *said.request(scene, asked), f"name = {text(INTO)}"]
     if scene.measured.symptom == "layers":
         held = ", ".join(f"{text(layer)}: {next(iter(said.keys(scene, layer).values()))}" for layer in stage.targeted)
-        return [*act, f"found = [layer for layer, key in {{{held}}}.items() if key in tensors(model)]", *_equal(repr(list(wanted)))]
+        return [
+            *act,
+            f"found = [layer for layer, key in {{{held}}}.items() if key in tensors(model)]",
+            *_equal(repr(list(wanted))),
+        ]
     layer = scene.site if scene.site in wanted else wanted[0]
     own, made, spec = said.keys(scene, layer), combining.made(stage, asked), stage.spec(layer)
     if not {"A", "B"} <= own.keys():
@@ -98,11 +114,19 @@ def rank(scene: Scene) -> list[str] | None:
     shapes = [stage.sites(layer)[0].tensors[role].value.shape for role in "AB"]
     expected = [due, (due, *shapes[0][1:]), (shapes[1][0], due // spec.groups, *shapes[1][2:])]
     tensors = [f"tuple(tensors(model)[{own[role]}].shape)" for role in "AB"]
-    return [*act, f"found = [{scene.say.rank(layer, 'name')}, {', '.join(tensors)}]  # declared rank, shapes of A and B", *_equal(repr(expected))]
+    return [
+        *act,
+        f"found = [{scene.say.rank(layer, 'name')}, {', '.join(tensors)}]  # declared rank, shapes of A and B",
+        *_equal(repr(expected)),
+    ]
 
 
 def _equal(expected: str) -> list[str]:
-    return [f"expected = {expected}", 'print("found:", found, "expected:", expected)', "raise SystemExit(int(found != expected))"]
+    return [
+        f"expected = {expected}",
+        'print("found:", found, "expected:", expected)',
+        "raise SystemExit(int(found != expected))",
+    ]
 
 
 def reloaded(scene: Scene) -> list[str]:

@@ -21,7 +21,9 @@ from peftcheck.spelling import text
 _DEFINED = "# expected: the definition on the full deltas, computed in fp64 outside the library"
 
 
-def _against_sum(scene: Scene, asked: Combination, act: list[str] | None = None, part: Combination | None = None) -> list[str] | None:
+def _against_sum(
+    scene: Scene, asked: Combination, act: list[str] | None = None, part: Combination | None = None
+) -> list[str] | None:
     stage, layer, changed = scene.stage, scene.site, scene.tensor
     expected = f"expected = {said.weighted(scene, asked, layer)}"
     act = said.request(scene, asked) if act is None else act
@@ -65,7 +67,13 @@ def cross_term_free(scene: Scene) -> list[str] | None:
     found = f"found = delta({text(INTO)}) * torch.tensor({where.int().tolist()})  # where rows of one meet columns of another"
     expected = ["expected = torch.zeros_like(found)"]
     if asked.kind.rank == "chosen":
-        return said.judged(scene, said.request(scene, asked), expected, said.by_norm(combining.truncated_bound(stage, asked, target)), found)
+        return said.judged(
+            scene,
+            said.request(scene, asked),
+            expected,
+            said.by_norm(combining.truncated_bound(stage, asked, target)),
+            found,
+        )
     allowed = combining.exact_bound(stage, asked, layer)["weight"] * where
     return said.judged(scene, said.request(scene, asked), expected, compared(None, allowed), found)
 
@@ -75,7 +83,9 @@ def best_rank(scene: Scene) -> list[str] | None:
     stage, asked, layer, changed = scene.stage, said.asked_of(scene), scene.site, scene.tensor
     target = combining.total(stage, asked, layer)[changed]
     expected = f"expected = {said.weighted(scene, asked, layer)}  # the best of the rank asked for lies within the norm allowed"
-    return said.judged(scene, said.request(scene, asked), [expected], said.by_norm(combining.truncated_bound(stage, asked, target)))
+    return said.judged(
+        scene, said.request(scene, asked), [expected], said.by_norm(combining.truncated_bound(stage, asked, target))
+    )
 
 
 def defined(scene: Scene) -> list[str] | None:
@@ -97,7 +107,9 @@ def defined(scene: Scene) -> list[str] | None:
     return said.judged(scene, act, expected, compared(None, allowed))
 
 
-def _pair(scene: Scene, asked: Combination, other: Combination, factor: float = 1.0, rule: Combination | None = None) -> list[str] | None:
+def _pair(
+    scene: Scene, asked: Combination, other: Combination, factor: float = 1.0, rule: Combination | None = None
+) -> list[str] | None:
     """Combine twice, and compare the second with a multiple of the first."""
     act = [*said.request(scene, asked), *said.request(scene, other, "other")]
     found, expected = 'found = delta("other")', f"expected = {factor!r} * delta({text(INTO)})"
@@ -105,7 +117,9 @@ def _pair(scene: Scene, asked: Combination, other: Combination, factor: float = 
     if isinstance(allowed, dict):
         return said.judged(scene, act, [expected], compared(None, allowed.get(scene.tensor)), found)
     bound, whole = allowed
-    spectra = "found, expected = (torch.linalg.svdvals(t.flatten(1)) for t in (found, expected))  # the same but for ties"
+    spectra = (
+        "found, expected = (torch.linalg.svdvals(t.flatten(1)) for t in (found, expected))  # the same but for ties"
+    )
     return said.judged(scene, act, [expected, *(() if whole else (spectra,))], said.by_norm(bound), found)
 
 
@@ -136,7 +150,9 @@ def crash(scene: Scene, law: str) -> list[str] | None:
     """Return the calls that the law makes, where one of them ends in an error."""
     asked, say = said.asked_of(scene), scene.say
     if law == "combine.activated":
-        lines = combined_state.activated(replace(scene, measured=replace(scene.measured, role=f"{combining.layers(scene.stage, asked)[0]}:weight")))
+        lines = combined_state.activated(
+            replace(scene, measured=replace(scene.measured, role=f"{combining.layers(scene.stage, asked)[0]}:weight"))
+        )
         return None if lines is None else lines[:-6]
     after: dict[str, Callable[[], list[str]]] = {
         "combine.merge": lambda: [say.activate((INTO,)), say.merge((INTO,), scene.stage.case.safe)],
@@ -155,7 +171,9 @@ def crash(scene: Scene, law: str) -> list[str] | None:
         own = _steps(scene, asked.having(svd_clamp=None))
     else:
         made = pairs.get(law, lambda: (asked,))()
-        own = [line for one, into in zip(made, (INTO, "other"), strict=False) for line in said.request(scene, one, into)]
+        own = [
+            line for one, into in zip(made, (INTO, "other"), strict=False) for line in said.request(scene, one, into)
+        ]
     return [*said.first_merged(scene), *own, *after.get(law, list)()]
 
 

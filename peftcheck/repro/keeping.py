@@ -67,7 +67,9 @@ def reload(scene: Scene) -> list[str] | None:
     folder, roles = checkpoint.saved(stage), checkpoint.trained(stage)
     for adapter in stage.names:
         held = checkpoint.tensors(stored(folder, adapter)).values()
-        own = [t for (_, role), t in stage.attached.adapter_tensors(adapter).items() if role in roles and id(t) in names]
+        own = [
+            t for (_, role), t in stage.attached.adapter_tensors(adapter).items() if role in roles and id(t) in names
+        ]
         lost = [names[id(t)] for t in own if not any(torch.equal(t.detach(), value) for value in held)]
         if lost:
             return [
@@ -81,7 +83,10 @@ def reload(scene: Scene) -> list[str] | None:
 
 
 def delete(scene: Scene) -> list[str] | None:
-    """Delete the adapter that the case names, active or not as in the law, and run the model: what the library wraps around it too."""
+    """Delete the adapter that the case names, active or not as in the law, and run the model.
+
+    What the library wraps around it runs too.
+    """
     symptom = scene.measured.symptom
     if scene.say.delete is None or symptom not in ("crash after deleting an adapter", "crash without adapters"):
         return None

@@ -67,7 +67,10 @@ def delta(scene: Scene) -> list[str]:
     """Compare the delta that the library reports with what its merge changes."""
     stage = scene.stage
     own = stage.spec(scene.site).weight_name
-    form, merged = stage.formula.delta(stage.machine, stage.site(0, scene.site))[own], stage.merged(scene.site, (0,))[own]
+    form, merged = (
+        stage.formula.delta(stage.machine, stage.site(0, scene.site))[own],
+        stage.merged(scene.site, (0,))[own],
+    )
     allowed = form.bound + merged.bound
     if merged.error is not None:
         allowed = allowed + 2.0**-53 * form.ceiling()
@@ -86,9 +89,7 @@ def disable(scene: Scene) -> list[str]:
     x = stage.inputs[site]
     with torch.no_grad(), stage.attached.disabled():
         unmerged = stage.call(site, x)
-    same = unmerged.shape == stage.pristine_outputs[site].shape and torch.equal(
-        unmerged, stage.pristine_outputs[site]
-    )
+    same = unmerged.shape == stage.pristine_outputs[site].shape and torch.equal(unmerged, stage.pristine_outputs[site])
     same = same and stage.can(Op.MERGE, Op.UNMERGE) and stage.finite
     allowed = None
     if same:
@@ -97,8 +98,7 @@ def disable(scene: Scene) -> list[str]:
             for tensor, room in stage.roundtrip(site).items():
                 moved[tensor] = base[tensor].widened(room + stage.documented(site).get(tensor, 0.0))
         plain, after = (
-            layer_output(stage.machine.base, stage.spec(site), b, stage.activation(site, x))
-            for b in (base, moved)
+            layer_output(stage.machine.base, stage.spec(site), b, stage.activation(site, x)) for b in (base, moved)
         )
         allowed = plain.bound + after.bound
     run = [

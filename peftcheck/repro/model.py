@@ -55,11 +55,7 @@ def number(value: Any) -> str:
 def literal(tensor: Tensor) -> str:
     """Return an expression for a tensor, its dtype included; exact."""
     values = number(tensor.detach().tolist())
-    return (
-        f"torch.tensor({values})"
-        if tensor.dtype == torch.int64
-        else f"torch.tensor({values}, dtype={tensor.dtype})"
-    )
+    return f"torch.tensor({values})" if tensor.dtype == torch.int64 else f"torch.tensor({values}, dtype={tensor.dtype})"
 
 
 def imports(case: Case) -> tuple[str, ...]:
@@ -86,7 +82,9 @@ def build(case: Case) -> list[str]:
     if case.whole:
         blueprint = BLUEPRINTS[case.sweep.layer]
         options = blueprint.arguments(settings(case))
-        given = ", ".join(f"{name}={text(value) if isinstance(value, str) else value}" for name, value in options.items())
+        given = ", ".join(
+            f"{name}={text(value) if isinstance(value, str) else value}" for name, value in options.items()
+        )
         return [f"model = {blueprint.model}({blueprint.config}({given})).to(torch.{case.sweep.dtype}).{mode}()"]
     tree: dict[str, Any] = {}
     for spec in case.layers:
@@ -105,9 +103,7 @@ def build(case: Case) -> list[str]:
 
 
 def _modules(tree: Mapping[str, Any]) -> str:
-    items = (
-        f"{text(name)}: {_modules(item) if isinstance(item, dict) else item}" for name, item in tree.items()
-    )
+    items = (f"{text(name)}: {_modules(item) if isinstance(item, dict) else item}" for name, item in tree.items())
     return "nn.ModuleDict({" + ", ".join(items) + "})"
 
 
@@ -122,17 +118,14 @@ def _layer(spec: LayerSpec, dtype: str, longest: float | None = None) -> str:
         index = "" if spec.padding_idx is None else f", padding_idx={spec.padding_idx}"
         index += "" if longest is None else f", max_norm={longest!r}"
         scale = f", embed_scale={spec.scale!r}" if scaled else ""
-        return (
-            f"{'ScaledEmbedding' if scaled else 'nn.Embedding'}({numbers}{index}{scale}, dtype=torch.{dtype})"
-        )
+        return f"{'ScaledEmbedding' if scaled else 'nn.Embedding'}({numbers}{index}{scale}, dtype=torch.{dtype})"
     if spec.kind == "layernorm":
         return f"nn.LayerNorm({spec.n_in}, bias={spec.bias}, dtype=torch.{dtype})"
     if spec.kind == "parameter":
         return f"Matrix({', '.join(map(str, spec.weight_shape))}, dtype=torch.{dtype})"
     if spec.kind == "mha":
-        return (
-            f"nn.MultiheadAttention({spec.n_in}, {spec.heads}, bias={spec.bias}, batch_first={spec.batch_first}, dtype=torch.{dtype})"
-        )
+        options = f"bias={spec.bias}, batch_first={spec.batch_first}, dtype=torch.{dtype}"
+        return f"nn.MultiheadAttention({spec.n_in}, {spec.heads}, {options})"
     return f"nn.Linear({numbers}, bias={spec.bias}, dtype=torch.{dtype})"
 
 
@@ -147,9 +140,7 @@ def _options(spec: LayerSpec) -> str:
     }
     shown = {name: getattr(spec, name) for name, usual in options.items() if getattr(spec, name) != usual}
     shown["bias"] = spec.bias
-    return "".join(
-        f", {name}={text(value) if isinstance(value, str) else value}" for name, value in shown.items()
-    )
+    return "".join(f", {name}={text(value) if isinstance(value, str) else value}" for name, value in shown.items())
 
 
 def table(name: str, values: Mapping[str, Tensor], wide: bool) -> list[str]:

@@ -43,7 +43,15 @@ def copied(scene: Scene, law: str) -> list[str] | None:
         return [needs, f"model = {copy}", *merging.oracle(scene)]
     if symptom == "changed by the copy's merge":
         original = f"expected, original = {scene.current()}, model"
-        return [needs, original, f"model = {copy}", *scene.merges(), "model = original", f"found = {scene.current()}", *compared(None)]
+        return [
+            needs,
+            original,
+            f"model = {copy}",
+            *scene.merges(),
+            "model = original",
+            f"found = {scene.current()}",
+            *compared(None),
+        ]
     return None
 
 
@@ -57,8 +65,18 @@ def after_to_dtype(scene: Scene) -> list[str] | None:
     if scene.measured.symptom == "dtype":
         weight = scene.say.base(scene.site, scene.tensor)
         merges = scene.merges() if "where" in scene.measured.note else []
-        return [moves, *merges, f"found, expected = {weight}.dtype, {dtype}", 'print("found:", found, "expected:", expected)', "raise SystemExit(int(found != expected))"]
-    return [moves, *merging.oracle(replace(scene, stage=cast))] if scene.measured.symptom in ("numeric", "non-finite") else None
+        return [
+            moves,
+            *merges,
+            f"found, expected = {weight}.dtype, {dtype}",
+            'print("found:", found, "expected:", expected)',
+            "raise SystemExit(int(found != expected))",
+        ]
+    return (
+        [moves, *merging.oracle(replace(scene, stage=cast))]
+        if scene.measured.symptom in ("numeric", "non-finite")
+        else None
+    )
 
 
 def within(scene: Scene, mode: str) -> list[str] | None:
@@ -67,7 +85,12 @@ def within(scene: Scene, mode: str) -> list[str] | None:
     weight = scene.say.base(scene.site, scene.tensor)
     if scene.measured.symptom == "inference tensor":
         found = f"found = {weight}.is_inference()"
-        return [*merges, found, 'print("found: an inference tensor:", found, "expected: False")', "raise SystemExit(int(found))"]
+        return [
+            *merges,
+            found,
+            'print("found: an inference tensor:", found, "expected: False")',
+            "raise SystemExit(int(found))",
+        ]
     if scene.measured.symptom not in ("numeric", "non-finite"):
         return None
     form = scene.stage.merged(scene.site)[scene.tensor]

@@ -117,7 +117,9 @@ def _library(case: Case) -> _Library:
         return _quanto(kind)
     if kind == "int8":
         return _INT8
-    return _four(kind.partition(".")[0], kind.endswith(".double"), int(settings["blocksize"]), settings.get("storage", "uint8"))
+    return _four(
+        kind.partition(".")[0], kind.endswith(".double"), int(settings["blocksize"]), settings.get("storage", "uint8")
+    )
 
 
 def imports(case: Case) -> tuple[str, ...]:

@@ -161,7 +161,12 @@ def dotted_name(scene: Scene) -> list[str] | None:
 
 def unload_after_refusal(scene: Scene) -> list[str] | None:
     """Let a merge be refused, unload, and compare the model with the base."""
-    refused = ["try:", f"    {scene.say.merge(scene.stage.names[:1], True)}", "except Exception as error:", '    print("refused:", error)']
+    refused = [
+        "try:",
+        f"    {scene.say.merge(scene.stage.names[:1], True)}",
+        "except Exception as error:",
+        '    print("refused:", error)',
+    ]
     exported = merging.unload(scene)
     return None if exported is None else [*refused, *exported]
 

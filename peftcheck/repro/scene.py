@@ -59,7 +59,11 @@ class Scene:
             return f"{self.say.layer(name)}({given})"
         targets, sources = attention.lengths(spec)
         along = attention.axis(spec, self.stage.inputs[name])
-        apart = f"[{given}] * 3" if attention.attends_to_itself(spec) else f"{given}.split({[targets, sources, sources]}, {along})"
+        apart = (
+            f"[{given}] * 3"
+            if attention.attends_to_itself(spec)
+            else f"{given}.split({[targets, sources, sources]}, {along})"
+        )
         mask = f", attn_mask=torch.ones({targets}, {sources}).triu(1).bool()" if spec.causal else ""
         return f"{self.say.layer(name)}(*({apart}){mask})[0]"
 

@@ -16,7 +16,8 @@ from peftcheck.operations import do
 from peftcheck.programs import Step
 from peftcheck.repro.model import indented, literal, number
 from peftcheck.repro.scene import Scene, compared, named
-from peftcheck.sequence import IGNORED, Play
+from peftcheck.sequence import Play
+from peftcheck.sequence_outputs import IGNORED
 from peftcheck.spelling import text
 
 LAWS = ("merge.guarded", "merge.subset", "merge.order", "state.sequence")
@@ -108,7 +109,9 @@ def _spelled(scene: Scene, play: Play) -> list[str] | None:
         own = list(_calls(scene, play, step))
         if not own:
             return None
-        lines += ["with contextlib.suppress(Exception):  # it may refuse", *indented(own)] if index in play.refused else own
+        lines += (
+            ["with contextlib.suppress(Exception):  # it may refuse", *indented(own)] if index in play.refused else own
+        )
     return lines
 
 
@@ -155,7 +158,11 @@ def _refilled(scene: Scene, adapter: str) -> list[str]:
     names = {id(tensor): name for name, tensor in reversed(named(scene.say.root(scene.stage.attached)).items())}
     own = scene.stage.attached.adapter_tensors(adapter)
     values = {names[id(t)]: scene.stage.start_adapters[adapter][key] for key, t in own.items() if id(t) in names}
-    return [f"fill(model, {{{', '.join(f'{text(k)}: {number(v.double().tolist())}' for k, v in values.items())}}})"] if values else []
+    return (
+        [f"fill(model, {{{', '.join(f'{text(k)}: {number(v.double().tolist())}' for k, v in values.items())}}})"]
+        if values
+        else []
+    )
 
 
 def _judged(scene: Scene, play: Play, found: Measurement) -> list[str] | None:
@@ -165,7 +172,11 @@ def _judged(scene: Scene, play: Play, found: Measurement) -> list[str] | None:
     if found.role in play.due and symptom in ("numeric", "non-finite", IGNORED):
         expected, allowed = play.due[found.role]
         note = "# expected: by the closed form, computed in fp64 outside the library"
-        return [_found(scene, play, name, tensor), note, *compared(literal(expected), allowed.broadcast_to(expected.shape))]
+        return [
+            _found(scene, play, name, tensor),
+            note,
+            *compared(literal(expected), allowed.broadcast_to(expected.shape)),
+        ]
     if tensor.endswith(" of the adapter") and symptom == "changed":
         return _of_adapter(scene, play, name, tensor.removesuffix(" of the adapter"))
     if symptom == "changed" and f"{name}.{tensor}" in play.held:
@@ -200,7 +211,11 @@ def _found(scene: Scene, play: Play, name: str, tensor: str) -> str:
 
 
 def _equal(found: str, expected: str) -> list[str]:
-    return [f"found, expected = {found}, {expected}", 'print("found:", found, "expected:", expected)', "raise SystemExit(int(found != expected))"]
+    return [
+        f"found, expected = {found}, {expected}",
+        'print("found:", found, "expected:", expected)',
+        "raise SystemExit(int(found != expected))",
+    ]
 
 
 def _of_adapter(scene: Scene, play: Play, site: str, role: str) -> list[str] | None:

@@ -18,7 +18,9 @@ from peftcheck.rounding import judged
 from peftcheck.spelling import text
 from peftcheck.training import feeds
 
-FRESH = frozenset({"train.identity_at_init", "train.live_gradients"})  # the script leaves the adapters as the library made them
+FRESH = frozenset(
+    {"train.identity_at_init", "train.live_gradients"}
+)  # the script leaves the adapters as the library made them
 
 
 def in_train_mode(scene: Scene) -> list[str]:
@@ -86,11 +88,18 @@ def identity_at_init(scene: Scene) -> list[str] | None:
 
 
 def _steps(scene: Scene, count: int, rows: int = 8) -> list[str]:
-    """Return a function `descend` that takes a step on random data, and a loop of as many steps that notes in `seen` what is reached."""
+    """Return a function `descend` that takes a step on random data, and a loop of as many steps.
+
+    The loop notes in `seen` what is reached.
+    """
     data = feeds(scene.stage, rows)
     outputs = {name: scene.stage.call(name, data[name]) for name in scene.stage.targeted}
-    weights = {name: values.normal(f"{scene.stage.case.values}|target|{name}", tuple(y.shape)) for name, y in outputs.items()}
-    items = ", ".join(f"(lambda x: {scene.runs(name, 'x')}, {literal(data[name])}, {literal(weights[name])})" for name in outputs)
+    weights = {
+        name: values.normal(f"{scene.stage.case.values}|target|{name}", tuple(y.shape)) for name, y in outputs.items()
+    }
+    items = ", ".join(
+        f"(lambda x: {scene.runs(name, 'x')}, {literal(data[name])}, {literal(weights[name])})" for name in outputs
+    )
     return [
         f"data, seen = [{items}], set()",
         f"for _ in range({count}):",
@@ -105,12 +114,17 @@ def _steps(scene: Scene, count: int, rows: int = 8) -> list[str]:
 
 def _under(scene: Scene, wanted: Tensor) -> str | None:
     """Return the name of a tensor under the model that the script holds."""
-    return next((name for name, tensor in named(scene.say.root(scene.stage.attached)).items() if tensor is wanted), None)
+    return next(
+        (name for name, tensor in named(scene.say.root(scene.stage.attached)).items() if tensor is wanted), None
+    )
 
 
 def live_gradients(scene: Scene) -> list[str] | None:
     """Train the fresh adapters for three steps, and see whether a gradient reaches the tensor."""
-    wanted = {"dead gradient": "not name in seen", "non-finite gradient": "not tensors(model)[name].grad.isfinite().all()"}
+    wanted = {
+        "dead gradient": "not name in seen",
+        "non-finite gradient": "not tensors(model)[name].grad.isfinite().all()",
+    }
     if scene.measured.symptom not in wanted:
         return None
     held = (scene.stage.attached.adapter_tensors(name) for name in scene.stage.names)
@@ -180,11 +194,18 @@ def mixed_batch(scene: Scene) -> list[str] | None:
         own = [row for row, wanted in enumerate(rows) if wanted == name]
         form = of_rows(stage, spec, name, inputs[spec.name][own])
         with torch.no_grad():
-            found = stage.attached.forward([inputs[s.name] for s in stage.case.layers], rows)[stage.case.layers.index(spec)][own]
+            found = stage.attached.forward([inputs[s.name] for s in stage.case.layers], rows)[
+                stage.case.layers.index(spec)
+            ][own]
         allowed = judged(form, machine=stage.machine.base.store)
         if not bool(((found.double() - form.value).abs() <= allowed).all()):
             note = "# expected: the closed form, computed in fp64 outside the library"
-            return [*run, f"found = outputs[{stage.case.layers.index(spec)}][{own}].detach()", note, *compared(literal(form.value), allowed)]
+            return [
+                *run,
+                f"found = outputs[{stage.case.layers.index(spec)}][{own}].detach()",
+                note,
+                *compared(literal(form.value), allowed),
+            ]
     return None
 
 
@@ -214,7 +235,9 @@ def checkpointed(scene: Scene) -> list[str] | None:
     data = feeds(stage, 3)
     outputs = {name: stage.call(name, data[name]) for name in stage.targeted}
     weights = {name: values.normal(f"{stage.case.values}|target|{name}", tuple(y.shape)) for name, y in outputs.items()}
-    items = ", ".join(f"(lambda x: {scene.runs(name, 'x')}, {literal(data[name])}, {literal(weights[name])})" for name in outputs)
+    items = ", ".join(
+        f"(lambda x: {scene.runs(name, 'x')}, {literal(data[name])}, {literal(weights[name])})" for name in outputs
+    )
     return [
         "from torch.utils.checkpoint import checkpoint",
         f"data = [{items}]",

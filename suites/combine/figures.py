@@ -37,7 +37,15 @@ def case(kind: str, weights: tuple[float, ...], profile: str = "normal", **optio
     extra = {"kind": kind, "weights": weights, "members": tuple(range(len(weights))), **options}
     layer = LayerSpec("proj", "linear", 12, 12)
     return Case(
-        Sweep("peft", "lora", "linear", "float32"), 0, 0, (layer,), adapters, "float32", profile, 7, extra=tuple(sorted(extra.items()))
+        Sweep("peft", "lora", "linear", "float32"),
+        0,
+        0,
+        (layer,),
+        adapters,
+        "float32",
+        profile,
+        7,
+        extra=tuple(sorted(extra.items())),
     )
 
 
@@ -58,7 +66,9 @@ def measured(peft: Peft, asked_case: Case) -> tuple[float, float, int]:
 def judged(peft: Peft, name: str, asked_case: Case) -> str:
     """Return what a law says of a case, in a line."""
     (outcome,) = engine.check(peft, asked_case, law.laws(name))
-    return f"{outcome.status}" + (f": {outcome.message}" if outcome.failed else f", ratio {outcome.measurement.ratio:.3g}")
+    return f"{outcome.status}" + (
+        f": {outcome.message}" if outcome.failed else f", ratio {outcome.measurement.ratio:.3g}"
+    )
 
 
 def main() -> None:
@@ -72,7 +82,8 @@ def main() -> None:
     print("\nsvd of two adapters of rank 4 at [1, -1]: error, and the least of any matrix of that rank (Eckart, Young)")
     for rank in (4, 8):
         error, least, stored = measured(peft, case("svd", (1.0, -1.0), svd_rank=rank))
-        print(f"  rank {stored}: {error:.3g}, least {least:.3g}; combine.best_rank {judged(peft, 'combine.best_rank', case('svd', (1.0, -1.0), svd_rank=rank))}")
+        verdict = judged(peft, "combine.best_rank", case("svd", (1.0, -1.0), svd_rank=rank))
+        print(f"  rank {stored}: {error:.3g}, least {least:.3g}; combine.best_rank {verdict}")
     print("\ncombine.linear, two different at [1, -1]")
     for kind in ("linear", "cat"):
         print(f"  {kind}: {judged(peft, 'combine.linear', case(kind, (1.0, -1.0)))}")

@@ -60,9 +60,7 @@ def main() -> int:
             if outcome.status == PASS and outcome.law not in structural and not outcome.exempt:
                 effects[outcome.law, str(sweep)].append(outcome.effect)
     vacuous = Counter(law for (law, _), found in effects.items() if max(found) == 0)
-    print(
-        f"{options.cases} cases on {len(sweeps)} sweeps, seed {options.seed}, {time.time() - started:.0f} s"
-    )
+    print(f"{options.cases} cases on {len(sweeps)} sweeps, seed {options.seed}, {time.time() - started:.0f} s")
     print(f"{'law':28} {'checks':>8} {'failed':>7} {'vacuous':>8} {'worst ratio':>12}")
     for law in laws:
         if checked[law.name]:

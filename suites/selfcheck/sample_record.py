@@ -231,9 +231,7 @@ def _variant(variant: str, layers: list[str], draw: random.Random) -> list[CellR
                 else:
                     kinds = KINDS if law in ("combine.linear", "combine.single") else [None]
                     cells += [
-                        _drawn(law, variant, layer, dtype, None, kind, draw)
-                        for dtype in DTYPES
-                        for kind in kinds
+                        _drawn(law, variant, layer, dtype, None, kind, draw) for dtype in DTYPES for kind in kinds
                     ]
     return cells
 
@@ -277,9 +275,7 @@ def _drawn(law, variant, layer, dtype, quantizer, kind, draw: random.Random) -> 
             message="safe_merge.rejects: NaN in lora_B.bias went in",
         )
     if law == "merge.roundtrip" and variant == "oft" and layer == "conv2d":
-        return cell(
-            *key, status="violation", ratio=10 ** draw.uniform(1, 6), issue="https://example.org/issues/41"
-        )
+        return cell(*key, status="violation", ratio=10 ** draw.uniform(1, 6), issue="https://example.org/issues/41")
     if law == "combine.cross_term_free" and variant.startswith("lora") and layer == "linear":
         return cell(
             *key,
@@ -340,9 +336,7 @@ TOLD = {
         issue="https://github.com/huggingface/peft/issues/1155",
     ),
     "merge.roundtrip/ia3/numeric": dict(headline="(IA)^3 unmerge divides by s + 1e-8"),
-    "state.tied/trainable_tokens/numeric": dict(
-        headline="Saving a tied embedding raises AttributeError", script=None
-    ),
+    "state.tied/trainable_tokens/numeric": dict(headline="Saving a tied embedding raises AttributeError", script=None),
 }
 
 

@@ -56,7 +56,9 @@ def test_a_row_alone_is_invoked_by_its_first_token_with_a_positive_feature():
 
 
 def _whole(index: int):
-    return generator.draw(Reference().variants()["lora"], Sweep("reference", "lora", "model.llama", "float32"), 3, index)
+    return generator.draw(
+        Reference().variants()["lora"], Sweep("reference", "lora", "model.llama", "float32"), 3, index
+    )
 
 
 def test_the_last_occurrence_in_the_ids_counts():

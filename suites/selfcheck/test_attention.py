@@ -68,7 +68,9 @@ def test_a_layer_that_attends_to_itself_is_given_one_tensor_three_times():
 def test_lora_changes_both_projections_each_by_its_own_product():
     here, spec = case(SPECS["itself"]), SPECS["itself"]
     shapes = {"A": (2, 6), "B": (18, 2), "out.A": (2, 6), "out.B": (6, 2), "out.B.bias": (6,)}
-    raw = {role: torch.randn(shape, dtype=torch.float64, generator=torch.manual_seed(1)) for role, shape in shapes.items()}
+    raw = {
+        role: torch.randn(shape, dtype=torch.float64, generator=torch.manual_seed(1)) for role, shape in shapes.items()
+    }
     m, formula = machine(torch.float64, torch.float64, False), FORMULAS["lora"]
     site, base = Site(spec, here.adapters[0], {role: leaf(t) for role, t in raw.items()}), pristine(here)
     merged = formula.merge(m, site, base)

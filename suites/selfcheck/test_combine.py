@@ -95,7 +95,10 @@ def test_a_vote_that_hangs_on_rounding_is_bounded_by_both_answers():
 
 
 def test_a_random_drop_leaves_one_of_the_subsets():
-    found = {kept: form.value.tolist() for kept, form in drops(AR, KINDS["dare_linear"], [row(1.0), row(2.0)], [1.0, -1.0], 0.5, "total")}
+    found = {
+        kept: form.value.tolist()
+        for kept, form in drops(AR, KINDS["dare_linear"], [row(1.0), row(2.0)], [1.0, -1.0], 0.5, "total")
+    }
     assert found == {(True, True): [-2.0], (True, False): [2.0], (False, True): [-4.0], (False, False): [0.0]}
 
 
@@ -171,7 +174,11 @@ def test_the_truncation_budget_holds_for_lapack_with_tied_singular_values(dtype)
     for rank in (1, 2, 3, 5, 7):
         found = (u[:, :rank] @ torch.diag(s[:rank])).double() @ vh[:rank].double()
         least = tail(target, rank)
-        bound = budgets.truncation(machine(dtype, dtype, False), Bounded(target, 2.0**-23 * target.abs() if dtype == torch.float32 else None), least)
+        bound = budgets.truncation(
+            machine(dtype, dtype, False),
+            Bounded(target, 2.0**-23 * target.abs() if dtype == torch.float32 else None),
+            least,
+        )
         assert float(torch.linalg.vector_norm(found - target)) <= bound
         assert bound <= least + 1e-3
 
@@ -191,7 +198,11 @@ def test_cases_are_functions_of_their_index_and_survive_a_token():
 
 def test_cases_reach_what_real_defects_needed():
     variant = REFERENCE.variants()["lora"]
-    drawn = [combination_case(variant, Sweep("reference", "lora", "linear", "float32"), k, 0, i, i % 3 == 0) for k in ("cat", "linear", "svd") for i in range(150)]
+    drawn = [
+        combination_case(variant, Sweep("reference", "lora", "linear", "float32"), k, 0, i, i % 3 == 0)
+        for k in ("cat", "linear", "svd")
+        for i in range(150)
+    ]
     counts = {len(case.adapters) for case in drawn}
     assert counts == {1, 2, 3, 4, 5}
     assert {case.profile for case in drawn} >= {"probe", "parallel", "duplicated", "dyadic", "zero"}
@@ -212,7 +223,9 @@ def test_every_law_can_judge_every_fourth_case_so_that_chance_leaves_no_cell_vac
         if layer not in variant.layers:
             continue
         for seed in range(3):
-            case = combination_case(variant, Sweep("reference", name, layer, "float16"), kind, seed, 10 if exact else 11, exact)
+            case = combination_case(
+                variant, Sweep("reference", name, layer, "float16"), kind, seed, 10 if exact else 11, exact
+            )
             silent = {o.law for o in engine.check(REFERENCE, case, law.laws("combine.*")) if o.status == SKIP}
             due = {one.name for one in law.laws("combine.*") if not one.of_kind(kind, variant.combinations[kind])}
             assert silent == due | ({"combine.cross_term_free"} if exact else set()), case.words()
@@ -331,7 +344,13 @@ def test_peft_two_identical_adapters_cancel(peft):
         assert check(peft, case, "combine.cancel").status == PASS
 
 
-HAND = {"single": (-1.0,), "two": (1.0, -1.0), "three": (2.0, -1.0, 0.5), "identical": (1.0, -1.0), "probes": (1.0, 1.0)}
+HAND = {
+    "single": (-1.0,),
+    "two": (1.0, -1.0),
+    "three": (2.0, -1.0, 0.5),
+    "identical": (1.0, -1.0),
+    "probes": (1.0, 1.0),
+}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -391,7 +410,10 @@ def test_peft_cat_is_exact(peft, weights):
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "linear" and "dare" not in k])
 def test_peft_keeps_the_definition_where_it_is_computed_on_deltas(peft, kind):
     case = the_case(kind, (1.0, -1.0), svd_rank=12, **({"density": 0.5} if KINDS[kind].prunes else {}))
-    outcomes = {o.law: o for o in engine.check(peft, case, law.laws("combine.definition", "combine.best_rank", "combine.linear"))}
+    outcomes = {
+        o.law: o
+        for o in engine.check(peft, case, law.laws("combine.definition", "combine.best_rank", "combine.linear"))
+    }
     broken = {name for name, outcome in outcomes.items() if outcome.failed}
     assert broken == ({"combine.definition"} if KINDS[kind].rank == "common" else set())
 
@@ -400,7 +422,9 @@ def test_peft_combines_what_its_variants_say_and_refuses_the_rest(peft):
     """Fails when PEFT has an add_weighted_adapter that no variant knows of."""
     from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 
-    offering = {t.value.lower() for t, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(tuner, "add_weighted_adapter")}
+    offering = {
+        t.value.lower() for t, tuner in PEFT_TYPE_TO_TUNER_MAPPING.items() if hasattr(tuner, "add_weighted_adapter")
+    }
     variants = {name: v for name, v in peft.variants().items() if not name.startswith("mixed.")}
     known = {name.partition(".")[0] for name, v in variants.items() if v.combinations}
     spec, adapter = LayerSpec("proj", "linear", 4, 4), AdapterSpec("a", (0,), 2, 2.0)
@@ -428,7 +452,9 @@ def test_normalized_changes_are_not_asked_to_add_up(peft):
     assert not concerned & {f"combine.{name}" for name in silent}
     assert {"combine.single", "combine.rank", "combine.reload", "combine.merge"} <= concerned
     case = combination_case(dora, Sweep("peft", "lora.dora", "conv2d", "float32"), "cat", 0, 1)
-    spec = LayerSpec("proj", "conv2d", 4, 4, kernel=(1, 1), stride=(1, 1), dilation=(1, 1), padding=(0, 0), groups=2, size=(3, 3))
+    spec = LayerSpec(
+        "proj", "conv2d", 4, 4, kernel=(1, 1), stride=(1, 1), dilation=(1, 1), padding=(0, 0), groups=2, size=(3, 3)
+    )
     grouped = replace(case, layers=(spec,), adapters=tuple(replace(a, targets=(0,), rank=2) for a in case.adapters))
     assert {o.status for o in engine.check(peft, grouped, law.laws("combine.single", "combine.merge"))} == {SKIP}
 
@@ -446,7 +472,9 @@ def test_a_kind_that_adds_may_add_deltas_that_underflow():
     for seed in range(6):
         sweep = Sweep("reference", "lora.bias", "linear", "float16")
         case = Case(sweep, 0, 0, (layer,), (adapter,), "float16", "small", seed, extra=tuple(sorted(settings.items())))
-        assert {o.status for o in engine.check(REFERENCE, case, law.laws("combine.linear", "combine.additive"))} == {PASS}
+        assert {o.status for o in engine.check(REFERENCE, case, law.laws("combine.linear", "combine.additive"))} == {
+            PASS
+        }
 
 
 def test_a_twin_that_makes_no_adapter_is_no_repair(peft):
@@ -466,7 +494,9 @@ def test_a_forward_that_writes_into_an_adapter_is_not_blamed_on_combining(peft):
         stage = scene.stage
         with torch.no_grad():
             stage.attached.forward([stage.inputs["proj"]])
-        written = [not torch.equal(t, stage.start_adapters["a"][key]) for key, t in stage.attached.adapter_tensors("a").items()]
+        written = [
+            not torch.equal(t, stage.start_adapters["a"][key]) for key, t in stage.attached.adapter_tensors("a").items()
+        ]
     assert any(written)  # PEFT hands max_norm to the lookup of its own factor
     assert check(peft, case, "combine.sources_untouched").status == PASS
 

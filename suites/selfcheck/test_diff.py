@@ -28,17 +28,13 @@ def shown(found) -> str:
 def test_a_record_does_not_differ_from_itself():
     found = diff(sample(), sample())
     assert found.clean and found.exit_code == 0
-    assert not (
-        found.new or found.lost or found.worse or found.spread or found.fixed or found.halved or found.gained
-    )
+    assert not (found.new or found.lost or found.worse or found.spread or found.fixed or found.halved or found.gained)
     assert "nothing got worse" in sentence(found)
 
 
 def test_a_new_defect_is_told_once_not_once_a_cell():
     cells = [replace(BREAKS, id=f"c{i}", layer=f"l{i}") for i in range(5)]
-    found = diff(
-        record([replace(c, status="pass", ratio=0.4, fingerprint=None) for c in cells]), record(cells)
-    )
+    found = diff(record([replace(c, status="pass", ratio=0.4, fingerprint=None) for c in cells]), record(cells))
     assert [d.fingerprint for d in found.new] == [BREAKS.fingerprint]
     assert not found.worse and not found.spread and found.exit_code == 1
 
@@ -68,9 +64,7 @@ def test_a_known_issue_that_leaves_the_ledger_is_new_and_one_that_enters_is_list
 @pytest.mark.parametrize("before", ["violation", "known", "error"])
 @pytest.mark.parametrize("after", ["pass", "fixed"])
 def test_a_defect_whose_cells_hold_is_fixed(before, after):
-    fixed = replace(
-        BREAKS, status=after, ratio=0.5, fingerprint=BREAKS.fingerprint if after == "fixed" else None
-    )
+    fixed = replace(BREAKS, status=after, ratio=0.5, fingerprint=BREAKS.fingerprint if after == "fixed" else None)
     found = diff(record([replace(BREAKS, status=before)]), record([fixed]))
     assert len(found.fixed) == 1 and found.clean
 
@@ -123,9 +117,7 @@ def test_a_known_defect_that_grows_is_worse_up_to_nan():
     old = record([replace(BREAKS, status="known")])
     for ratio in (1e6, math.inf, math.nan):
         assert diff(old, record([replace(BREAKS, status="known", ratio=ratio)])).worse
-    assert not diff(
-        record([replace(BREAKS, ratio=math.nan)]), record([replace(BREAKS, ratio=math.nan)])
-    ).worse
+    assert not diff(record([replace(BREAKS, ratio=math.nan)]), record([replace(BREAKS, ratio=math.nan)])).worse
 
 
 @pytest.mark.parametrize("change", [dict(seed=5), dict(profile="full"), dict(peftcheck="9.9")])
@@ -139,9 +131,7 @@ def test_growth_decides_nothing_where_other_cases_were_drawn(change):
 def test_halved_headroom_is_told_and_is_no_failure():
     found = diff(record([cell("a.b", "v", "l", ratio=0.6)]), record([cell("a.b", "v", "l", ratio=0.81)]))
     assert [c.cell for c in found.halved] == ["a.b-v-l-float32"] and found.clean
-    assert not diff(
-        record([cell("a.b", "v", "l", ratio=0.6)]), record([cell("a.b", "v", "l", ratio=0.79)])
-    ).halved
+    assert not diff(record([cell("a.b", "v", "l", ratio=0.6)]), record([cell("a.b", "v", "l", ratio=0.79)])).halved
 
 
 def test_new_cells_are_counted():

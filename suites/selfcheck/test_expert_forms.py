@@ -18,7 +18,9 @@ SPEC = LayerSpec("l", "linear", 5, 4)
 
 def site(experts: int, general: int, **options) -> Site:
     tensors = {f"{r}.{e}": normal(f"{r}{e}", s) for r, s in (("A", (1, 5)), ("B", (4, 1))) for e in range(experts)}
-    tensors |= {f"general.{r}.{g}": normal(f"g{r}{g}", s) for r, s in (("A", (1, 5)), ("B", (4, 1))) for g in range(general)}
+    tensors |= {
+        f"general.{r}.{g}": normal(f"g{r}{g}", s) for r, s in (("A", (1, 5)), ("B", (4, 1))) for g in range(general)
+    }
     adapter = AdapterSpec("arrow_router", (0,), 1, 3.0, tuple(sorted(options.items())))
     return Site(SPEC, adapter, {role: leaf(tensor) for role, tensor in tensors.items()})
 
@@ -43,7 +45,11 @@ def routed(one: Site, weight: Tensor, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("general", [0, 2])
 @pytest.mark.parametrize(("experts", "most", "temperature"), [(2, 1, 1.0), (3, 2, 0.5), (4, 3, 2.0)])
 def test_each_token_goes_through_the_experts_whose_directions_it_lies_along(experts, most, temperature, general):
-    one, weight, x = site(experts, general, most=most, temperature=temperature), normal("w", (4, 5)), normal("x", (7, 5))
+    one, weight, x = (
+        site(experts, general, most=most, temperature=temperature),
+        normal("w", (4, 5)),
+        normal("x", (7, 5)),
+    )
     form = FORMULAS["lora.arrow"].forward(DOUBLE, [one], {"weight": leaf(weight)}, leaf(x))
     assert torch.allclose(form.value, routed(one, weight, x))
     assert float(form.bound.max()) < 1e-2, "of rank one the direction is known to single precision"

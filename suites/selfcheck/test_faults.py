@@ -91,9 +91,7 @@ def test_a_fault_that_nothing_suits_is_untried_rather_than_killed() -> None:
 def test_a_law_that_fails_anyway_kills_nothing() -> None:
     """The implementation itself breaks the law here: failing with a harmless fault on top proves nothing."""
     broken = Faulty(REFERENCE, BY_NAME["merge.neighbour"])
-    harmless = Fault(
-        "none", "", "control", ("merge.isolated",), replacing(), suits=BY_NAME["merge.neighbour"].suits
-    )
+    harmless = Fault("none", "", "control", ("merge.isolated",), replacing(), suits=BY_NAME["merge.neighbour"].suits)
     (result,) = kill_matrix(broken, [harmless], laws("merge.isolated"), cases=4)
     assert result.tried
     assert result.kills == ()
@@ -126,9 +124,7 @@ def test_a_port_is_put_back_by_a_memento() -> None:
 
 def test_the_matrix_over_all_laws_names_those_that_are_idle() -> None:
     chosen = laws("merge.*")
-    results = kill_matrix(
-        REFERENCE, [BY_NAME["export.hook-left"], BY_NAME["delta.unscaled"]], chosen, cases=4
-    )
+    results = kill_matrix(REFERENCE, [BY_NAME["export.hook-left"], BY_NAME["delta.unscaled"]], chosen, cases=4)
     assert all(isinstance(result, FaultResult) and not result.survived for result in results)
     assert set(idle(results, chosen)) == {law.name for law in chosen} - {
         "merge.export",
@@ -141,9 +137,7 @@ def test_cases_suit_the_fault_and_depend_on_the_seed_alone() -> None:
     fault = BY_NAME["merge.cast-early"]
     first, again = (list(suitable(REFERENCE, fault, 6, seed=1)) for _ in range(2))
     assert first == again
-    assert all(
-        isinstance(case, Case) and case.adapter_dtype == "float32" != case.sweep.dtype for case in first
-    )
+    assert all(isinstance(case, Case) and case.adapter_dtype == "float32" != case.sweep.dtype for case in first)
     assert list(suitable(REFERENCE, fault, 6, seed=2)) != first
 
 

@@ -266,5 +266,7 @@ def test_some_embeddings_have_a_max_norm_which_moves_nothing_else():
     cases = [case for index in range(80) for case in [draw("embedding", index)]]
     norms = {spec.max_norm for case in cases for spec in case.layers}
     assert norms == {None, 1.25, 4.0}
-    assert all(spec.max_norm is None for case in cases if case.profile in ("cancelling", "huge") for spec in case.layers)
+    assert all(
+        spec.max_norm is None for case in cases if case.profile in ("cancelling", "huge") for spec in case.layers
+    )
     assert not any(spec.max_norm for index in range(40) for spec in draw("linear", index).layers)

@@ -96,5 +96,7 @@ def test_a_gate_without_a_gradient_at_the_start_is_killed_by_the_law_of_gradient
 
 
 def test_the_sound_gates_are_asked_everything() -> None:
-    told = {o.law for case in drawn("linear", False) for o in engine.check(Defective(Gate), case, ASKED) if o.status == PASS}
+    told = {
+        o.law for case in drawn("linear", False) for o in engine.check(Defective(Gate), case, ASKED) if o.status == PASS
+    }
     assert told == {law.name for law in ASKED}

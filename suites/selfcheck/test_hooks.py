@@ -24,7 +24,14 @@ def test_keeps_the_laws_that_concern_it(variant: str, layer: str) -> None:
     offered, passed = HOOKS.variants()[variant], set()
     chosen = [law for law in laws() if law.name not in SLOW and law.concerns(offered)]
     run = {"forward.oracle", "forward.targets", "forward.checkpointed", "merge.disable", "merge.unload"}
-    run |= {"train.identity_at_init", "train.live_gradients", "train.base_frozen", "state.delete", "state.tied", "state.sequence"}
+    run |= {
+        "train.identity_at_init",
+        "train.live_gradients",
+        "train.base_frozen",
+        "state.delete",
+        "state.tied",
+        "state.sequence",
+    }
     run |= {"attach.names"}
     run |= {"train.dropout"} if "dropout" in offered.options else set()
     for dtype in DTYPES:

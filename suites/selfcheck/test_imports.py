@@ -21,12 +21,15 @@ ORDER = """
     implementation spelling refusal
     oracle budgets programs reductions quantizers
     measurement architecture memento recording outcome
-    generator_model generator stage staging checkpoint standing sequence operations training combination combination_diagnosis generator_combine
+    generator_model generator stage staging checkpoint standing sequence_outputs sequence operations training combination
+    combination_diagnosis generator_combine
     law laws engine
     strategies machine
     implementations
     shrink hearings ledger_file ledger repro
-    record_tables record joining summary diff report_combinations report_quantized report_html report_markdown report_junit report_index report terminal
+    record_tables record joining summary diff report_combinations report_quantized report_html report_markdown report_junit
+    report_index
+    report terminal
     watchdog faults selection quantized_cost suite session bench listing checkpoint_table closing
     plugin protocol __init__ running conformance cli
 """.split()

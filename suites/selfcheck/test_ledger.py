@@ -80,9 +80,7 @@ def toml(value) -> str:
 
 
 def write(path: Path, *entries: dict) -> Path:
-    path.write_text(
-        "\n".join(["[[issue]]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in e.items()) for e in entries])
-    )
+    path.write_text("\n".join(["[[issue]]\n" + "".join(f"{k} = {toml(v)}\n" for k, v in e.items()) for e in entries]))
     return path
 
 
@@ -93,9 +91,7 @@ def path(tmp_path):
 
 def court(path, library, *entries) -> ledger.Court:
     laws = [Law(name, "", (), lambda stage: None, "") for name in LAWS]
-    return ledger.Court(
-        ledger.load(write(path, *(entries or (entry(),))), LAWS), library, laws, library.check
-    )
+    return ledger.Court(ledger.load(write(path, *(entries or (entry(),))), LAWS), library, laws, library.check)
 
 
 SWEEP = case().sweep
@@ -209,9 +205,7 @@ def test_an_unknown_field_and_a_witness_outside_where_are_refused_when_read(path
 
 def test_another_version_makes_an_issue_inactive_and_the_law_must_hold(path):
     library = Fake(version="2.0")
-    one = court(
-        path, library, entry(), entry(id="gone", where={"variant": ["twist", "older"], "layer": "linear"})
-    )
+    one = court(path, library, entry(), entry(id="gone", where={"variant": ["twist", "older"], "layer": "linear"}))
     assert one.verdict("twisted") == one.verdict("gone") == "inactive"
     assert one.rule("merge.roundtrip", SWEEP, [(outcome(), case())]).status == "violation"
     assert one.rule("merge.roundtrip", SWEEP, []).status == "pass"
@@ -236,8 +230,7 @@ def test_one_root_cause_may_name_several_laws_and_fingerprints(path):
     one = court(path, Fake({"float32": crash}), entry(law="merge.*", fingerprint=prints, witness=tokens))
     assert one.verdict("twisted") == "known"
     assert (
-        one.absorbs(outcome(law="merge.oracle", fingerprint="merge.oracle|twist|weight|numeric"), case())
-        == "twisted"
+        one.absorbs(outcome(law="merge.oracle", fingerprint="merge.oracle|twist|weight|numeric"), case()) == "twisted"
     )
     assert one.absorbs(crash, case()) == "twisted"
     assert one.absorbs(outcome(fingerprint="merge.roundtrip|twist|bias|numeric"), case()) is None
@@ -431,9 +424,7 @@ def test_a_value_that_no_field_can_have_is_refused():
         ),
         (Outcome("merge.roundtrip", ERROR, fingerprint="crash|twist|KeyError in [x].py:merge"), "crash"),
         (
-            Outcome(
-                "merge.roundtrip", VIOLATION, Measurement(9.0, 9.0, "", "half merged"), fingerprint=PRINT
-            ),
+            Outcome("merge.roundtrip", VIOLATION, Measurement(9.0, 9.0, "", "half merged"), fingerprint=PRINT),
             "corrupted state",
         ),
         (
@@ -483,12 +474,8 @@ def test_the_documented_inexactness_of_ia3_is_known_and_an_entry_for_it_is_stric
     assert (read.issues[0].kind, read.issues[0].bound) == ("documented", "ia3.epsilon")
     known = ledger.Court(read, library, laws)
     assert known.verdict(read.issues[0].id) == "known" and known.absorbs(found, one)
-    single = replace(
-        one, sweep=replace(one.sweep, dtype="float32"), adapter_dtype="float32"
-    )  # s + 1e-8 is s there
-    path.write_text(
-        path.read_text().replace(encode(one, "merge.roundtrip"), encode(single, "merge.roundtrip"))
-    )
+    single = replace(one, sweep=replace(one.sweep, dtype="float32"), adapter_dtype="float32")  # s + 1e-8 is s there
+    path.write_text(path.read_text().replace(encode(one, "merge.roundtrip"), encode(single, "merge.roundtrip")))
     assert ledger.Court(ledger.load(path), library, laws).verdict(read.issues[0].id) == "fixed"
 
 

@@ -1,4 +1,7 @@
-"""No option of PEFT's LoraConfig is a blank: each is set by a variant, changes no arithmetic, or is tested where the reason says."""
+"""No option of PEFT's LoraConfig is a blank.
+
+Each is set by a variant, changes no arithmetic, or is tested where the reason says.
+"""
 
 from __future__ import annotations
 
@@ -77,6 +80,7 @@ WHOLE = {
     "modules_to_save": "save_head",
 }
 """Options that cases of whole models set, whatever the variant: by which setting."""
+
 
 def offered() -> dict[str, dataclasses.Field]:
     return {field.name: field for field in dataclasses.fields(LoraConfig)}

@@ -22,7 +22,15 @@ def tensor(*values: float, dtype=torch.float64) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("residual", "budget", "ratio"),
-    [(0.0, 0.0, 0.0), (0.0, 1.0, 0.0), (1.0, 0.0, INF), (1.0, 2.0, 0.5), (0.0, INF, 0.0), (5.0, INF, 0), (INF, 1.0, INF)],
+    [
+        (0.0, 0.0, 0.0),
+        (0.0, 1.0, 0.0),
+        (1.0, 0.0, INF),
+        (1.0, 2.0, 0.5),
+        (0.0, INF, 0.0),
+        (5.0, INF, 0),
+        (INF, 1.0, INF),
+    ],
 )
 def test_a_ratio_is_residual_over_budget(residual, budget, ratio):
     assert float(ratios(tensor(residual), tensor(budget))) == ratio

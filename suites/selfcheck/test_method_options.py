@@ -39,7 +39,10 @@ EVERYWHERE = {
 """Fields of many methods that move no number of an adapted layer: why."""
 
 OWN = {
-    ("ADALORA", "deltaT"): "when the budget is reallocated, in update_and_allocate, which the user calls while training",
+    (
+        "ADALORA",
+        "deltaT",
+    ): "when the budget is reallocated, in update_and_allocate, which the user calls while training",
     ("ADALORA", "beta1"): "of the importance that reallocation goes by",
     ("ADALORA", "beta2"): "of the importance that reallocation goes by",
     ("ADALORA", "orth_reg_weight"): "of the loss that is added in training",
@@ -48,7 +51,10 @@ OWN = {
     ("ADALORA", "layer_replication"): "read by LoraModel, which AdaLoraModel is: test_replicated_layers.py",
     ("ADALORA", "trainable_token_indices"): "read by code that all tuners share: test_trained_rows.py",
     ("ADALORA", "megatron_core"): "of megatron_config, which is ignored",
-    ("ADAMSS", "use_asa"): "which subspaces get gradients while training, chosen by the user's calls; the forward is the same",
+    (
+        "ADAMSS",
+        "use_asa",
+    ): "which subspaces get gradients while training, chosen by the user's calls; the forward is the same",
     ("ADAMSS", "asa_target_subspaces"): "of use_asa",
     ("ADAMSS", "init_warmup"): "of use_asa",
     ("ADAMSS", "final_warmup"): "of use_asa",
@@ -56,9 +62,15 @@ OWN = {
     ("ADAMSS", "asa_importance_beta"): "of use_asa",
     ("ADAMSS", "asa_uncertainty_beta"): "of use_asa",
     ("ADAMSS", "asa_schedule_exponent"): "of use_asa",
-    ("ADAMSS", "svd_threshold"): "how many directions a subspace gets at the start: factors of other shapes, the same products",
+    (
+        "ADAMSS",
+        "svd_threshold",
+    ): "how many directions a subspace gets at the start: factors of other shapes, the same products",
     ("DEFT", "init_scale"): "where training starts",
-    ("FROD", "regularization_alpha"): "of the decomposition that the frozen basis comes from: another basis, the same products",
+    (
+        "FROD",
+        "regularization_alpha",
+    ): "of the decomposition that the frozen basis comes from: another basis, the same products",
     ("FROD", "runtime_offload_base_weight"): "where the base is held while it is not needed",
     ("IA3", "init_ia3_weights"): "where training starts",
     ("LOKR", "rank_dropout_scale"): "of the rank dropout in training",
@@ -71,7 +83,10 @@ OWN = {
     ("UNILORA", "init_theta_d_bound"): "where training starts",
     ("VBLORA", "init_vector_bank_bound"): "where training starts",
     ("VBLORA", "init_logits_std"): "where training starts",
-    ("VBLORA", "save_only_topk_weights"): "documented: what is saved is for inference only, other tensors than those trained",
+    (
+        "VBLORA",
+        "save_only_topk_weights",
+    ): "documented: what is saved is for inference only, other tensors than those trained",
 }
 """Fields of one method: why no variant sets them."""
 
@@ -106,7 +121,11 @@ IGNORED = {
 def methods() -> dict[str, type[PeftConfig]]:
     """Return the configuration of every method that adapts layers, LoRA's apart."""
     found = {kind.value: config for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items()}
-    return {name: config for name, config in found.items() if not issubclass(config, PromptLearningConfig) and config is not LoraConfig}
+    return {
+        name: config
+        for name, config in found.items()
+        if not issubclass(config, PromptLearningConfig) and config is not LoraConfig
+    }
 
 
 def fields(config: type) -> dict[str, dataclasses.Field]:
@@ -132,7 +151,11 @@ def varied() -> frozenset[tuple[type, str]]:
                 case = generator.draw(method.variant, sweep, 0, index)
                 for adapter in case.adapters:
                     made = method.config(adapter, [case.layers[target].name for target in adapter.targets])
-                    found |= {(type(made), key) for key, field in fields(type(made)).items() if getattr(made, key) != default(field)}
+                    found |= {
+                        (type(made), key)
+                        for key, field in fields(type(made)).items()
+                        if getattr(made, key) != default(field)
+                    }
     return frozenset(found)
 
 
@@ -146,9 +169,15 @@ def test_every_option_has_a_variant_or_a_reason(name: str) -> None:
     if name in WHOLE:
         assert unset(name) == set(fields(methods()[name])), f"{name} has a variant now: take it out of WHOLE"
         return
-    reasons = set(EVERYWHERE) | {key for method, key in OWN if method == name} | (set(IGNORED) if name == "ADALORA" else set())
+    reasons = (
+        set(EVERYWHERE)
+        | {key for method, key in OWN if method == name}
+        | (set(IGNORED) if name == "ADALORA" else set())
+    )
     missing = unset(name) - reasons
-    assert not missing, f"{name} has options that no variant sets and nothing here speaks of: {', '.join(sorted(missing))}"
+    assert not missing, (
+        f"{name} has options that no variant sets and nothing here speaks of: {', '.join(sorted(missing))}"
+    )
 
 
 def test_no_reason_outlives_its_option() -> None:

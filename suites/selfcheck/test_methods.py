@@ -52,7 +52,9 @@ def test_no_reason_outlives_its_method():
 
 
 def test_what_is_called_prompt_learning_is_what_peft_calls_so():
-    declared = {kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)}
+    declared = {
+        kind.value for kind, config in PEFT_TYPE_TO_CONFIG_MAPPING.items() if issubclass(config, PromptLearningConfig)
+    }
     assert declared == set(PROMPTS) & offered()
 
 

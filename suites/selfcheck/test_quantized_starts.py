@@ -30,7 +30,9 @@ def linear(n_in: int = 64, n_out: int = 32) -> nn.Linear:
     return nn.Linear(n_in, n_out, bias=False)
 
 
-processor_alone = pytest.mark.skipif(torch.cuda.is_available() or torch.xpu.is_available(), reason="LoftQ can start here")
+processor_alone = pytest.mark.skipif(
+    torch.cuda.is_available() or torch.xpu.is_available(), reason="LoftQ can start here"
+)
 
 
 @processor_alone
@@ -42,7 +44,7 @@ def test_loftq_asks_for_an_accelerator_before_it_changes_anything(bits: int, ite
     config = LoraConfig(
         target_modules=["a"], init_lora_weights="loftq", loftq_config={"loftq_bits": bits, "loftq_iter": iterations}
     )
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|cuda|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|cuda|NVIDIA"):
         get_peft_model(model, config)
     assert torch.equal(model.a.weight, linear().weight)
 
@@ -51,7 +53,7 @@ def test_loftq_asks_for_an_accelerator_before_it_changes_anything(bits: int, ite
 def test_loftq_on_a_quantized_model_asks_for_an_accelerator_too() -> None:
     bnb = pytest.importorskip("bitsandbytes")
     quantized = bnb.nn.Params4bit(linear().weight.data, requires_grad=False, quant_type="nf4").to("cpu")
-    with pytest.raises((AssertionError, RuntimeError), match="CUDA|cuda|NVIDIA"):
+    with pytest.raises((AssertionError, RuntimeError), match=r"CUDA|cuda|NVIDIA"):
         _loftq_init_new(quantized, linear().weight.data, 4, RANK)
 
 
@@ -60,7 +62,9 @@ def test_qalora_on_a_plain_layer_is_lora() -> None:
     outputs = []
     for qalora in (False, True):
         torch.manual_seed(1)
-        config = LoraConfig(r=RANK, target_modules=["a"], init_lora_weights=False, use_qalora=qalora, qalora_group_size=GROUP)
+        config = LoraConfig(
+            r=RANK, target_modules=["a"], init_lora_weights=False, use_qalora=qalora, qalora_group_size=GROUP
+        )
         model = get_peft_model(Model(linear()), config).eval()
         outputs.append(model(torch.ones(2, 64)))
     assert torch.equal(*outputs)
@@ -72,7 +76,14 @@ def gptq() -> nn.Module:
     formats = pytest.importorskip("gptqmodel.quantization.config").FORMAT
     plain, group = linear(), 32
     made = library.TorchLinear(
-        bits=4, group_size=group, sym=True, desc_act=False, in_features=64, out_features=32, bias=False, format=formats.GPTQ
+        bits=4,
+        group_size=group,
+        sym=True,
+        desc_act=False,
+        in_features=64,
+        out_features=32,
+        bias=False,
+        format=formats.GPTQ,
     )
     scales = plain.weight.detach().reshape(32, -1, group).abs().amax(-1) / 7
     made.pack(plain, scales, torch.full_like(scales, 8), (torch.arange(64) // group).int())
@@ -82,7 +93,12 @@ def gptq() -> nn.Module:
 
 def adapted() -> nn.Module:
     config = LoraConfig(
-        r=RANK, lora_alpha=SCALE * RANK, target_modules=["a"], init_lora_weights=False, use_qalora=True, qalora_group_size=GROUP
+        r=RANK,
+        lora_alpha=SCALE * RANK,
+        target_modules=["a"],
+        init_lora_weights=False,
+        use_qalora=True,
+        qalora_group_size=GROUP,
     )
     return get_peft_model(Model(gptq()), config).eval()
 
@@ -104,7 +120,9 @@ def test_qalora_on_a_layer_of_gptq_adds_low_rank_products_of_pooled_inputs(shape
     terms = plain.double().abs() + SCALE * pooled.abs() @ a.abs().T @ b.abs().T
     roundings = 2.0**-11 * (due.abs() + 3 * terms) + 64 * 2.0**-24 * terms
     assert bool(((found.double() - due).abs() <= roundings).all())
-    assert bool(((found.double() - plain.double()).abs() > roundings).any()), "an adapter that does nothing tests nothing"
+    assert bool(((found.double() - plain.double()).abs() > roundings).any()), (
+        "an adapter that does nothing tests nothing"
+    )
 
 
 @pytest.mark.parametrize("operation", ["merge_adapter", "merge_and_unload"])

@@ -319,9 +319,7 @@ def test_join_refuses_two_verdicts_and_accepts_one_twice():
 
 def test_a_ledger_entry_is_judged_by_the_shards_that_hold_its_cells():
     first, second = (record([cell("merge.oracle", "lora", layer)]) for layer in ("linear", "conv2d"))
-    entry = LedgerRecord(
-        "peft-001", "bug", "merge.oracle", "known", "reason", None, None, ("t",), (first.cells[0].id,)
-    )
+    entry = LedgerRecord("peft-001", "bug", "merge.oracle", "known", "reason", None, None, ("t",), (first.cells[0].id,))
     idle = replace(entry, verdict="inactive", cells=())
     joined = join([replace(second, ledger=(idle,)), replace(first, ledger=(entry,))])
     assert joined.ledger == (entry,)

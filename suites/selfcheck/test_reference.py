@@ -31,9 +31,7 @@ def test_keeps_every_law(variant: str, layer: str) -> None:
     whole = layer in MODELS
     for dtype in ("float32", "bfloat16") if whole else DTYPES:
         for index in range(1 if whole else CASES):
-            case = generator.draw(
-                offered, Sweep("reference", variant, layer, dtype), 7, index, index % 2 == 0
-            )
+            case = generator.draw(offered, Sweep("reference", variant, layer, dtype), 7, index, index % 2 == 0)
             for outcome in engine.check(REFERENCE, case, chosen):
                 assert not outcome.failed, f"{outcome.law}: {outcome.message} on {case.words()}"
                 if outcome.status == PASS and outcome.effect > 0:
@@ -46,9 +44,7 @@ def test_is_written_without_the_oracle() -> None:
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
             names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            assert not [
-                name for name in names if name.startswith(("peftcheck.oracle", "peftcheck.budgets"))
-            ], path
+            assert not [name for name in names if name.startswith(("peftcheck.oracle", "peftcheck.budgets"))], path
 
 
 def test_is_an_implementation_and_loads_by_name() -> None:
@@ -133,9 +129,7 @@ def test_mixed_batch_gives_each_row_its_adapter() -> None:
             port.activate([name])
             alone[name] = model(x)[0]
     due = torch.stack([alone["b"][0], alone["a"][1], alone["b"][2]])
-    assert torch.allclose(
-        mixed, due, rtol=1e-14, atol=1e-14
-    )  # a matrix product of fewer rows may round otherwise
+    assert torch.allclose(mixed, due, rtol=1e-14, atol=1e-14)  # a matrix product of fewer rows may round otherwise
 
 
 def test_merging_again_changes_nothing_and_order_is_kept() -> None:

@@ -38,9 +38,7 @@ def chromium():
 
     path = shutil.which("chromium")
     if path is None:
-        pytest.fail(
-            "chromium is not on the PATH; install it (apt-get install chromium) to test the HTML report"
-        )
+        pytest.fail("chromium is not on the PATH; install it (apt-get install chromium) to test the HTML report")
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=path, args=["--no-sandbox"])
         yield browser
@@ -147,9 +145,7 @@ def test_a_square_tells_its_case_and_leads_to_its_defect(visit, report_file):
     page.locator("#heat td.k").first.click()
     panel = page.locator("#panel")
     text = panel.inner_text()
-    assert (
-        "merge.roundtrip on ia3" in text and "known, ratio 4.5e7 (float64)" in text and "Worst case" in text
-    )
+    assert "merge.roundtrip on ia3" in text and "known, ratio 4.5e7 (float64)" in text and "Worst case" in text
     page.locator("#lead").click()
     card = page.locator(page.evaluate("location.hash"))
     assert card.is_visible() and "divides by s + 1e-8" in card.inner_text()

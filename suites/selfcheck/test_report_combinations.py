@@ -55,12 +55,18 @@ def test_crashes_and_cells_without_a_failure_of_their_own_ask_for_no_remedy():
 def test_the_table_is_kind_by_layer_by_law():
     found = report_combinations.read(sample())
     assert found.laws == ("combine.linear", "combine.rank")
-    assert [(line.kind, line.layer) for line in found.lines] == [("cat", "linear"), ("cat", "conv2d"), ("linear", "linear")]
+    assert [(line.kind, line.layer) for line in found.lines] == [
+        ("cat", "linear"),
+        ("cat", "conv2d"),
+        ("linear", "linear"),
+    ]
     exact, rank = found.lines[0].folds
     assert (exact.status, report_combinations.square(exact)) == ("pass", "1/1 0.9")
     assert report_combinations.square(rank) == "1/1 0"
     assert found.lines[1].folds[1] is None
-    assert found.lines[2].folds[0].status == "known" and report_combinations.square(found.lines[2].folds[0]) == "0/2 1.1e7"
+    assert (
+        found.lines[2].folds[0].status == "known" and report_combinations.square(found.lines[2].folds[0]) == "0/2 1.1e7"
+    )
 
 
 def test_a_record_without_combinations_has_no_such_part():

@@ -50,11 +50,7 @@ class Page(HTMLParser):
 def evil_record():
     """Build a record with hostile text in every field that holds text."""
     one = cell("merge.oracle", "lora", "linear", status="violation", ratio=3.0)
-    bad = {
-        f.name: ODD + f.name
-        for f in fields(one)
-        if isinstance(getattr(one, f.name), str) and f.name != "status"
-    }
+    bad = {f.name: ODD + f.name for f in fields(one) if isinstance(getattr(one, f.name), str) and f.name != "status"}
     one = replace(
         one, **bad, quantizer=ODD, kind=ODD, worst=Worst(ODD, ODD), issue="javascript:alert(4)"
     )  # fmt: skip
@@ -107,14 +103,20 @@ def test_the_verdict_is_that_of_the_cells():
     survivor = FaultRecord("f", "d", None, (), False)
     assert summary.verdict(record([holds], faults=(survivor,))).code == 3
     # A violation without a defect, which no list of defects shows, still decides.
-    assert (
-        summary.verdict(record([cell("a.b", "v", "l", status="violation", fingerprint=None)], [])).code == 1
-    )
+    assert summary.verdict(record([cell("a.b", "v", "l", status="violation", fingerprint=None)], [])).code == 1
 
 
 def _issue_of_two_symptoms():
     cells = [
-        cell(law, "lora", "linear", status="known", ratio=9.0, fingerprint=f"{law}|lora|weight|numeric", issue="one-cause")
+        cell(
+            law,
+            "lora",
+            "linear",
+            status="known",
+            ratio=9.0,
+            fingerprint=f"{law}|lora|weight|numeric",
+            issue="one-cause",
+        )
         for law in ("merge.oracle", "merge.delta")
     ]
     defects = [defect([one], status="known", issue="one-cause", fingerprint=one.fingerprint) for one in cells]
@@ -128,7 +130,9 @@ def _issue_of_two_symptoms():
 def test_symptoms_of_one_entry_are_one_known_issue():
     run = _issue_of_two_symptoms()
     (known,) = summary.known_issues(run)
-    assert known.name == "one-cause" and len(known.cells) == 2 and known.places("law") == ("merge.delta", "merge.oracle")
+    assert (
+        known.name == "one-cause" and len(known.cells) == 2 and known.places("law") == ("merge.delta", "merge.oracle")
+    )
     assert "the rest are 1 known issue in 2 cells" in summary.verdict(run).sentence
     page = Page(report_html.render(run))
     assert "1 known issue, declared in the ledger" in page.text and "silent numbers" in page.text
@@ -222,9 +226,9 @@ def test_html_has_a_square_for_every_row_and_law_and_working_anchors():
     rows, _, squares = summary.heat_map(original)
     titled = [a for tag, a in page.tags if tag == "td" and "title" in a]
     assert len(titled) == len(squares)
-    assert sum(
-        tag == "td" and "class" in a and a["class"].split()[0] in "vekfu" for tag, a in page.tags
-    ) == sum(fold.status in ("violation", "error", "known", "fixed", "vacuous") for fold in squares.values())
+    assert sum(tag == "td" and "class" in a and a["class"].split()[0] in "vekfu" for tag, a in page.tags) == sum(
+        fold.status in ("violation", "error", "known", "fixed", "vacuous") for fold in squares.values()
+    )
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     targets = {a["href"][1:] for tag, a in page.tags if tag == "a" and a["href"].startswith("#")}
@@ -300,8 +304,7 @@ def test_markdown_leads_like_the_html_and_fits_a_comment():
     places = [text.index(words) for words in order]
     assert places == sorted(places) and len(text) < 65_536
     many = [
-        cell("merge.oracle", f"v{i}", "linear", status="violation", ratio=2.0, message="x" * 9000)
-        for i in range(300)
+        cell("merge.oracle", f"v{i}", "linear", status="violation", ratio=2.0, message="x" * 9000) for i in range(300)
     ]
     long = report_markdown.render(record(many))
     assert len(long) < 65_536 and "left out for length" in long and "300 distinct defects" in long
@@ -314,11 +317,7 @@ def test_junit_has_a_case_for_every_cell():
     assert root.attrib["tests"] == str(counts["cells"]) == str(len(root.findall(".//testcase")))
     assert root.attrib["failures"] == str(counts["violation"]) == str(len(root.findall(".//failure")))
     assert root.attrib["errors"] == str(counts["error"]) == str(len(root.findall(".//error")))
-    assert (
-        root.attrib["skipped"]
-        == str(counts["known"] + counts["absent"])
-        == str(len(root.findall(".//skipped")))
-    )
+    assert root.attrib["skipped"] == str(counts["known"] + counts["absent"]) == str(len(root.findall(".//skipped")))
     assert {case.attrib["name"] for case in root.iter("testcase")} == {c.id for c in original.cells}
     assert sum(int(suite.attrib["tests"]) for suite in root) == counts["cells"]
 

@@ -150,9 +150,7 @@ def test_the_scripts_need_torch_and_the_library_alone(scripts, ran):
     assert ran["peftcheck"] is False
     for text in scripts.values():
         found = {
-            line.split()[1].partition(".")[0]
-            for line in text.splitlines()
-            if line.startswith(("import ", "from "))
+            line.split()[1].partition(".")[0] for line in text.splitlines() if line.startswith(("import ", "from "))
         }
         assert found <= {"torch", "peft"}
 
@@ -418,6 +416,7 @@ def coded(quantizer: str, **fields) -> Case:
     return replace(usual, **fields)
 
 
+_SPECTRAL = case("fourierft", (LayerSpec("a", "linear", 1, 1),)).adapters[0]
 MISS = AdapterSpec("default", (0,), 1, 1.0, (("init", False),))
 
 
@@ -447,13 +446,15 @@ def shown(case: Case, name: str) -> str:
         ),
         (coded("bitsandbytes.int8", profile="normal", poison=Poison("overflow")), "quantize.rejects"),
         (coded("bitsandbytes.int8", variant="hra"), "quantize.refuses"),
-        (coded("bitsandbytes.nf4", variant="fourierft", adapter=case("fourierft", (LayerSpec("a", "linear", 1, 1),)).adapters[0]), "quantize.refuses"),
+        (coded("bitsandbytes.nf4", variant="fourierft", adapter=_SPECTRAL), "quantize.refuses"),
         (coded("bitsandbytes.nf4", variant="pvera"), "quantize.merge_budget"),
     ],
 )  # fmt: skip
 def test_a_quantized_defect_is_shown_by_a_short_program(case, name):
     variant = LIBRARY.variants()[case.sweep.variant]
-    case = replace(case, adapters=variant.fit_all(tuple(variant.fit(a, case.layers, False) for a in case.adapters), case.layers))
+    case = replace(
+        case, adapters=variant.fit_all(tuple(variant.fit(a, case.layers, False) for a in case.adapters), case.layers)
+    )
     script = shown(case, name)
     assert "import bitsandbytes as bnb" in script
     assert outcome_of(script) == 1

@@ -61,7 +61,9 @@ def execute(script: str) -> tuple[int, str]:
 def test_a_witness_of_the_ledger_is_shown_by_a_short_program(name):
     script = written(name)
     assert len(script.splitlines()) < 40
-    imported = {line.split()[1].partition(".")[0] for line in script.splitlines() if line.startswith(("import ", "from "))}
+    imported = {
+        line.split()[1].partition(".")[0] for line in script.splitlines() if line.startswith(("import ", "from "))
+    }
     assert imported <= {"torch", "peft", "transformers", "pathlib", "tempfile"}
     code, said = execute(script)
     assert code == 1, said
@@ -77,7 +79,9 @@ def test_every_law_of_combinations_has_a_script_or_a_reason():
 # where a law holds
 
 
-def asked(variant: str, layer: LayerSpec, kind: str, weights: tuple[float, ...], dtype: str = "float64", **settings) -> Case:
+def asked(
+    variant: str, layer: LayerSpec, kind: str, weights: tuple[float, ...], dtype: str = "float64", **settings
+) -> Case:
     """Return adapters of rank 2 on one layer, and what is asked of them."""
     gates = {
         "ia3": (("feedforward", False),),
@@ -114,7 +118,9 @@ HELD = {
 
 def pretended(name: str, case: Case, role: str, symptom: str) -> str | None:
     """Return the script of a defect that is not there, or None where the law or the method has none."""
-    outcome = Outcome(name, VIOLATION, Measurement(9.0, 9.0, role, symptom, note="ValueError: x"), fingerprint="pretended")
+    outcome = Outcome(
+        name, VIOLATION, Measurement(9.0, 9.0, role, symptom, note="ValueError: x"), fingerprint="pretended"
+    )
     with engine.pinned():
         lines = repro._lines(LIBRARY, case, LAWS[name], outcome)
     return None if lines is None else "\n".join(lines)

@@ -21,7 +21,9 @@ from peftcheck.law import laws
 LIBRARY = Peft()
 LAYERS = (LayerSpec("mlp.up", "linear", 3, 2, True), LayerSpec("q", "linear", 2, 2))
 ADAPTERS = (AdapterSpec("x-1", (0,), 2, 3.0), AdapterSpec("x", (0, 1), 1, 8.0))
-TWO = Case(Sweep("peft", "lora", "linear", "float32"), 0, 0, LAYERS, ADAPTERS, "float32", "normal", values=3, joint=False)
+TWO = Case(
+    Sweep("peft", "lora", "linear", "float32"), 0, 0, LAYERS, ADAPTERS, "float32", "normal", values=3, joint=False
+)
 ONE = replace(TWO, adapters=ADAPTERS[1:])
 GROUPED = LayerSpec(
     "a", "conv2d", 2, 2, kernel=(2, 2), stride=(1, 1), padding=(0, 0), dilation=(1, 1), size=(4, 4), groups=2

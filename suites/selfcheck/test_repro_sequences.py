@@ -24,7 +24,17 @@ ADAPTERS = (AdapterSpec("x", (0,), 1, 2.0), AdapterSpec("x-1", (0, 1), 2, 3.0))
 def case(*steps: tuple, adapters: int = 2, dtype: str = "float64") -> Case:
     """Return a LoRA case on two layers; with `steps`, their program."""
     extra = (("steps", steps),) if steps else ()
-    return Case(Sweep("peft", "lora", "linear", dtype), 0, 0, LAYERS, ADAPTERS[:adapters], dtype, "normal", values=5, extra=extra)
+    return Case(
+        Sweep("peft", "lora", "linear", dtype),
+        0,
+        0,
+        LAYERS,
+        ADAPTERS[:adapters],
+        dtype,
+        "normal",
+        values=5,
+        extra=extra,
+    )
 
 
 def written(one: Case, name: str) -> str:
@@ -73,7 +83,11 @@ def test_a_real_defect_is_shown_by_a_short_program(name):
     one, call = REAL[name]
     text = written(one, name)
     assert len(text.splitlines()) < 40
-    imports = {line.split()[1].partition(".")[0].rstrip(",") for line in text.splitlines() if line.startswith(("import ", "from "))}
+    imports = {
+        line.split()[1].partition(".")[0].rstrip(",")
+        for line in text.splitlines()
+        if line.startswith(("import ", "from "))
+    }
     assert imports <= {"torch", "peft"}
     assert call in text
     code, said = execute(text)
@@ -111,7 +125,9 @@ def test_every_operation_has_a_spelling_that_does_what_the_law_did(kind, monkeyp
     plain = Linear.forward
     with monkeypatch.context() as planted:
         off = {"by": 0.0}
-        planted.setattr(Linear, "forward", lambda self, x, *args, **options: plain(self, x, *args, **options) + off["by"])
+        planted.setattr(
+            Linear, "forward", lambda self, x, *args, **options: plain(self, x, *args, **options) + off["by"]
+        )
         one = case(*STEPS[kind], adapters=1 if kind == "train" else 2)
         play = repro.sequencing.do
 
@@ -161,7 +177,9 @@ WITNESSES = (
 
 def witness(issue: str, name: str) -> Case:
     """Return the first witness that an entry of PEFT's ledger has for a law."""
-    entries = [entry for path in sorted(LIBRARY.ledger.glob("*.toml")) for entry in tomllib.loads(path.read_text())["issue"]]
+    entries = [
+        entry for path in sorted(LIBRARY.ledger.glob("*.toml")) for entry in tomllib.loads(path.read_text())["issue"]
+    ]
     tokens = next(entry["witness"] for entry in entries if entry["id"] == issue)
     return next(one for one, law in map(decode, tokens) if law == name)
 

@@ -65,7 +65,11 @@ def test_lily_weighs_its_experts_by_the_mean_over_the_tokens():
 
 @pytest.mark.parametrize("splits", [1, 2])
 def test_poly_mixes_the_skills_of_each_rows_task(splits):
-    tensors = {"A": drawn(splits, 3, 4 // splits, 2), "B": drawn(splits, 3, 2, 6 // splits), "logits": drawn(3, splits * 3)}
+    tensors = {
+        "A": drawn(splits, 3, 4 // splits, 2),
+        "B": drawn(splits, 3, 2, 6 // splits),
+        "logits": drawn(3, splits * 3),
+    }
     x, weight = drawn(3, 5, 4), drawn(6, 4, seed=3)
     expected = x @ weight.T
     for row in range(3):

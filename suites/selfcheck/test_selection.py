@@ -84,7 +84,9 @@ def test_a_filter_moves_no_turn_but_one_on_dtypes_lifts_them():
     filters = suite.Filters(law=("combine.single",), layer=("linear",), kind=("cat",))
     assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=filters)).cells) == 1
     every_dtype = replace(filters, variant=("lora",), dtype=("*",))
-    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=every_dtype)).cells) == len(DTYPES)
+    assert len(Session(Settings("peftcheck.implementations.reference:Reference", filters=every_dtype)).cells) == len(
+        DTYPES
+    )
 
 
 def test_a_cell_asks_for_the_cases_of_its_law_and_layer():
@@ -92,7 +94,9 @@ def test_a_cell_asks_for_the_cases_of_its_law_and_layer():
     plain, whole = Sweep("peft", "lora", "linear", "float32"), Sweep("peft", "lora", "model.llama", "float32")
     full = PROFILES["full"]
     due = {
-        (name, sweep.layer): full.cases(Cell(name, sweep), one) for name, one in named.items() for sweep in (plain, whole)
+        (name, sweep.layer): full.cases(Cell(name, sweep), one)
+        for name, one in named.items()
+        for sweep in (plain, whole)
     }
     assert due["merge.oracle", "linear"] == (full.exact, full.native)
     assert due["merge.oracle", "model.llama"] == (full.heavy, full.heavy)

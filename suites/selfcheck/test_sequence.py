@@ -66,7 +66,11 @@ def test_the_reference_implementation_holds(variant: str, dtype: str) -> None:
 @pytest.mark.parametrize(
     "fault, steps, symptom",
     [
-        ("sequence.rescale-while-merged", (("merge", (0,), False), ("rescale", 0, 2.0), ("unmerge",)), "after rescale while merged"),
+        (
+            "sequence.rescale-while-merged",
+            (("merge", (0,), False), ("rescale", 0, 2.0), ("unmerge",)),
+            "after rescale while merged",
+        ),
         ("sequence.delete-while-merged", (("merge", (0, 1), False), ("delete", 1), ("unmerge",)), "after delete"),
         ("sequence.merge-after-delete", (("delete", 1), ("merge", (0,), False)), "after merge"),
     ],
@@ -107,7 +111,9 @@ def test_the_machine_finds_a_fault_and_prints_what_replays_it() -> None:
 
 def test_what_is_known_ends_a_sequence_quietly() -> None:
     library = Faulty(REFERENCE, BY_NAME["sequence.delete-while-merged"])
-    run_state_machine_as_test(machine.life(library, "lora", "linear", "float32", absorbs=lambda outcome, case: "known"), settings=FAST)
+    run_state_machine_as_test(
+        machine.life(library, "lora", "linear", "float32", absorbs=lambda outcome, case: "known"), settings=FAST
+    )
 
 
 def test_a_machine_without_a_sweep_is_refused() -> None:

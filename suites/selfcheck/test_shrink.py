@@ -296,9 +296,7 @@ def peft_case(variant="lora", layers=(), adapters=None, **fields) -> Case:
 
 
 DILATED = LayerSpec("mlp.p", "conv2d", 3, 5, True, (3, 2), (2, 1), (1, 0), (2, 2), 1, "zeros", (9, 8))
-NARROW = LayerSpec(
-    "p", "conv3d", 3, 5, True, (1, 1, 1), (1, 1, 1), (0, 1, 0), (1, 1, 1), 1, "zeros", (2, 2, 2)
-)
+NARROW = LayerSpec("p", "conv3d", 3, 5, True, (1, 1, 1), (1, 1, 1), (0, 1, 0), (1, 1, 1), 1, "zeros", (2, 2, 2))
 IA3 = (AdapterSpec("x", (0, 1), options=(("feedforward", False),)),)
 
 
@@ -321,9 +319,7 @@ IA3 = (AdapterSpec("x", (0, 1), options=(("feedforward", False),)),)
         (
             "safe_merge.all_or_nothing",
             "safe_merge.all_or_nothing|lora|model|half merged",
-            peft_case(
-                layers=tuple(LayerSpec(n, "linear", 6, 4) for n in "abc"), poison=Poison("nan", 0, 2, 1, 3)
-            ),
+            peft_case(layers=tuple(LayerSpec(n, "linear", 6, 4) for n in "abc"), poison=Poison("nan", 0, 2, 1, 3)),
             2,
         ),
     ],
@@ -352,9 +348,7 @@ def test_the_border_of_the_dilation_defect_is_told():
 def test_the_ratios_over_the_dtypes_tell_a_logic_error():
     """The epsilon of (IA)^3 shows in fp64 alone: 1e-8 is below the rounding of every other dtype."""
     library, (one,) = Peft(), laws("merge.roundtrip")
-    case = peft_case(
-        "ia3", (LayerSpec("q", "linear", 3, 3),), (replace(IA3[0], targets=(0,)),), profile="dyadic"
-    )
+    case = peft_case("ia3", (LayerSpec("q", "linear", 3, 3),), (replace(IA3[0], targets=(0,)),), profile="dyadic")
     ratios = shrink.over_dtypes(library, case, one, engine.check)
     assert list(ratios) == ["float64", "float32", "bfloat16", "float16"]
     assert ratios["float64"] == math.inf

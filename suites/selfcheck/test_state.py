@@ -27,7 +27,9 @@ from peftcheck.staging import set_up
 REFERENCE = Reference()
 
 
-def case_of(variant: str = "lora", layer: str = "linear", dtype: str = "float32", index: int = 0, several: bool = False) -> Case:
+def case_of(
+    variant: str = "lora", layer: str = "linear", dtype: str = "float32", index: int = 0, several: bool = False
+) -> Case:
     for number in range(index, 200):
         case = generator.draw(REFERENCE.variants()[variant], Sweep("reference", variant, layer, dtype), 0, number)
         if (len(case.adapters) > 1) == several and case.profile == "normal":
@@ -37,7 +39,9 @@ def case_of(variant: str = "lora", layer: str = "linear", dtype: str = "float32"
 
 @pytest.mark.parametrize("names", [("a",), ("a", "b.weight"), tuple(f"layer.{i}.é" for i in range(40))])
 def test_sizes_account_for_every_byte_of_a_safetensors_file(tmp_path, names) -> None:
-    save_file({name: torch.ones(3, 5, dtype=torch.float16) for name in names}, tmp_path / "x.safetensors", {"format": "pt"})
+    save_file(
+        {name: torch.ones(3, 5, dtype=torch.float16) for name in names}, tmp_path / "x.safetensors", {"format": "pt"}
+    )
     (tmp_path / "config.json").write_text("{}")
     found = checkpoint.sizes(tmp_path)
     assert found.values == len(names) * 30
@@ -57,7 +61,9 @@ def test_a_file_of_another_format_counts_whole(tmp_path) -> None:
 
 def test_the_header_is_read_without_its_metadata(tmp_path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors", {"format": "pt"})
-    assert checkpoint.header(tmp_path / "x.safetensors") == {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    assert checkpoint.header(tmp_path / "x.safetensors") == {
+        "a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+    }
 
 
 def test_a_temporary_folder_goes_with_its_owner() -> None:
@@ -96,7 +102,11 @@ def test_what_is_declared_counts_each_storage_once() -> None:
 
 
 def test_a_tied_case_shares_the_weight_of_an_adapted_layer() -> None:
-    case = replace(case_of(), layers=(replace(case_of().layers[0], tied=None),), adapters=(replace(case_of().adapters[0], targets=(0,)),))
+    case = replace(
+        case_of(),
+        layers=(replace(case_of().layers[0], tied=None),),
+        adapters=(replace(case_of().adapters[0], targets=(0,)),),
+    )
     drawn = tied_case(case)
     model = build(drawn)
     assert drawn.layers[-1].name == TIED
@@ -175,7 +185,11 @@ def test_an_adapter_added_again_beside_one_of_another_method_is_compared_alone()
     sweep, found = Sweep("peft", "mixed.lora-oft", "linear", "float32"), []
     for index in range(30):
         case = generator.draw(peft.variants()[sweep.variant], sweep, 3, index)
-        if case.profile == "normal" and len(case.adapters) == 2 and case.adapters[0].targets == case.adapters[1].targets:
+        if (
+            case.profile == "normal"
+            and len(case.adapters) == 2
+            and case.adapters[0].targets == case.adapters[1].targets
+        ):
             found += engine.check(peft, replace(case, poison=replace(case.poison, adapter=0)), laws("state.delete"))
     assert found
     assert {outcome.status for outcome in found} == {PASS}

@@ -17,7 +17,8 @@ UNASKED = {
     "lora.pissa*": "on embeddings PEFT passes over the start's name, and the adapter is any LoRA's",
     "lora.eva": "on embeddings PEFT passes over the start's name, and the adapter is any LoRA's",
     "lora.corda-*": "on embeddings PEFT passes over the start's name, and the adapter is any LoRA's",
-    "lora.olora": "as for the other starts; on a Conv1D that is not square the factors come out transposed, and no input fits them",
+    "lora.olora": "as for the other starts; on a Conv1D that is not square the factors come out transposed,"
+    " and no input fits them",
     "lora.parameter": "any module with a weight of two or three dimensions holds a parameter; its own variants ask that module",
     "oft.conv2d": "other variants of the method ask them",
     "boft.conv2d": "other variants of the method ask them",
@@ -40,7 +41,9 @@ def test_every_blank_has_a_reason_and_every_reason_a_blank():
     assert {pattern for pattern in UNASKED if not any(fnmatchcase(name, pattern) for name in blank)} == set()
 
 
-@pytest.mark.parametrize("name", sorted(name for name, variant in VARIANTS.items() if kinds(variant) and not variant.like))
+@pytest.mark.parametrize(
+    "name", sorted(name for name, variant in VARIANTS.items() if kinds(variant) and not variant.like)
+)
 def test_what_is_not_asked_is_accepted_all_the_same(name):
     """A layer that PEFT refuses is no blank: `refuse.attach` has to see how."""
     variant = VARIANTS[name]

@@ -123,7 +123,8 @@ for target, sweeps in asked.items():
 # of two tensors that are equally far off the first is told
 library = load("peft")
 for index in range(8):
-    stage = set_up(library, generator.draw(library.variants()["lora.bias"], Sweep("peft", "lora.bias", "linear", "float32"), 5, index))
+    sweep = Sweep("peft", "lora.bias", "linear", "float32")
+    stage = set_up(library, generator.draw(library.variants()["lora.bias"], sweep, 5, index))
     print([list(stage.roundtrip(name)) for name in stage.targeted if stage.spec(name).bias])
 """
 
@@ -136,7 +137,10 @@ def test_verdicts_do_not_depend_on_the_hash_seed() -> None:
     pytest.importorskip("peft")
     running = [
         subprocess.Popen(
-            [sys.executable, "-c", _VERDICTS], env={**os.environ, "PYTHONHASHSEED": str(seed)}, stdout=subprocess.PIPE, text=True
+            [sys.executable, "-c", _VERDICTS],
+            env={**os.environ, "PYTHONHASHSEED": str(seed)},
+            stdout=subprocess.PIPE,
+            text=True,
         )
         for seed in (0, 1, 2)
     ]

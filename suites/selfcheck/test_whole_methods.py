@@ -37,13 +37,17 @@ def experts(folder: Path) -> dict[str, str]:
     for index in range(EXPERTS):
         base = llama()  # which seeds for itself
         torch.manual_seed(1 + index)
-        config = LoraConfig(r=2, lora_alpha=3, target_modules=list(TARGETS), init_lora_weights=False, task_type="CAUSAL_LM")
+        config = LoraConfig(
+            r=2, lora_alpha=3, target_modules=list(TARGETS), init_lora_weights=False, task_type="CAUSAL_LM"
+        )
         get_peft_model(base, config).save_pretrained(str(folder / str(index)))
     return {str(index): str(folder / str(index)) for index in range(EXPERTS)}
 
 
 def adaption(folder: Path, **options) -> PeftModel:
-    return get_peft_model(llama(), AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM", **options)).eval()
+    return get_peft_model(
+        llama(), AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM", **options)
+    ).eval()
 
 
 def xlora(folder: Path, **options) -> PeftModel:
@@ -114,7 +118,9 @@ def test_shadow_refuses_to_merge_and_unloads_the_base(tmp_path: Path) -> None:
 def recorded(module: nn.Module, run: Callable[[], object]) -> tuple[tuple, dict, object]:
     """Return what a module is given, positionally and by name, and what comes out of it, in its last call."""
     seen: list[tuple] = []
-    handle = module.register_forward_hook(lambda m, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True)
+    handle = module.register_forward_hook(
+        lambda m, args, kwargs, output: seen.append((args, kwargs, output)), with_kwargs=True
+    )
     try:
         run()
     finally:
@@ -146,7 +152,9 @@ def test_adaption_prompts_add_a_gated_attention_over_their_own_keys_and_values(t
         split = lambda t, heads: t.reshape(t.shape[0], t.shape[1], heads, -1).transpose(1, 2)  # noqa: E731
         query = split(x @ plain.q_proj.weight.T, 2)
         query = query * cosine[:, None] + half_turned(query) * sine[:, None]
-        key, value = (split(adapted.adaption_prompt @ w.weight.T, 1).expand(2, 2, -1, -1) for w in (plain.k_proj, plain.v_proj))
+        key, value = (
+            split(adapted.adaption_prompt @ w.weight.T, 1).expand(2, 2, -1, -1) for w in (plain.k_proj, plain.v_proj)
+        )
         scores = query @ key.transpose(-1, -2) / math.sqrt(HIDDEN / 2)
         gate, output = adapted.adaption_gate, plain.o_proj.weight
         join = lambda t: t.transpose(1, 2).flatten(-2)  # noqa: E731
@@ -163,7 +171,9 @@ def test_known_issue_the_output_bias_counts_twice_with_adaption_prompts() -> Non
     A model with attention_bias is another one as soon as the adapter is attached: no zero-initialised attention.
     """
     plain = llama(bias=True)
-    model = get_peft_model(llama(bias=True), AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")).eval()
+    model = get_peft_model(
+        llama(bias=True), AdaptionPromptConfig(adapter_len=3, adapter_layers=1, task_type="CAUSAL_LM")
+    ).eval()
     attention = model.base_model.model.model.layers[1].self_attn
     (_, given, (found, *_)) = recorded(attention, lambda: logits(model))
     with torch.no_grad():
@@ -188,7 +198,9 @@ def test_shadow_blocks_inject_and_update_a_state(tmp_path: Path) -> None:
     ((inner, *_), _, output) = recorded(block.base_layer, lambda: logits(model))
     own = {name: module["default"] for name, module in block.named_children() if name.startswith("shadow_")}
     with torch.no_grad():
-        change = (given.hidden - given.shadow) @ own["shadow_down"].weight.double().T @ own["shadow_up"].weight.double().T
+        change = (
+            (given.hidden - given.shadow) @ own["shadow_down"].weight.double().T @ own["shadow_up"].weight.double().T
+        )
         assert torch.allclose(inner, given.hidden + 0.7 * change, rtol=0, atol=64 * SINGLE * float(change.abs().max()))
         assert float(change.abs().max()) > 1e-2
         hidden = output if isinstance(output, Tensor) else output[0]
@@ -271,7 +283,10 @@ def test_known_issue_xlora_does_not_save_the_first_layer_of_its_classifier(depth
     model = xlora(tmp_path, xlora_depth=depth)
     scatter(model)
     model.save_pretrained(str(tmp_path / "saved"))
-    kept = {key.partition("classifier.")[2].rpartition(".")[0] for key in load_file(tmp_path / "saved" / "adapter_model.safetensors")}
+    kept = {
+        key.partition("classifier.")[2].rpartition(".")[0]
+        for key in load_file(tmp_path / "saved" / "adapter_model.safetensors")
+    }
     assert {name.partition("classifier.")[2].rpartition(".")[0] for name in trained(model)} - kept == {"layers.0"}
     again = PeftModel.from_pretrained(llama(), str(tmp_path / "saved")).eval()
     assert not torch.allclose(logits(again), logits(model), atol=1e-4)
@@ -288,4 +303,6 @@ def test_known_issue_xlora_writes_the_base_into_the_folders_of_its_experts(tmp_p
     model.save_pretrained(str(tmp_path / "saved"))
     files = {name: set(load_file(tmp_path / "saved" / name / "adapter_model.safetensors")) for name in "012"}
     assert all(any(key.endswith("embed_tokens.weight") for key in keys) for keys in files.values())
-    assert [sum(".lora_A" in key or ".lora_B" in key for key in keys) for keys in files.values()] == [4, 4, 0], "of eight each"
+    assert [sum(".lora_A" in key or ".lora_B" in key for key in keys) for keys in files.values()] == [4, 4, 0], (
+        "of eight each"
+    )

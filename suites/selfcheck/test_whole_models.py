@@ -97,7 +97,9 @@ def test_targets_are_spelled_so_that_they_mean_the_layers_of_the_case(kind):
         for adapter in case.adapters:
             targets = spelled(case, adapter)
             assert meant(case, targets) == {case.layers[t].name for t in adapter.targets}
-            spellings.add("all" if targets.modules == "all-linear" else (isinstance(targets.modules, str), bool(targets.blocks)))
+            spellings.add(
+                "all" if targets.modules == "all-linear" else (isinstance(targets.modules, str), bool(targets.blocks))
+            )
     assert len(spellings) >= (2 if kind == "model.resnet" else 4)
 
 
@@ -107,7 +109,9 @@ def test_a_block_whose_number_begins_anothers_is_told_apart():
     extra = tuple(sorted({**settings, "spelling": "blocks"}.items()))
     wanted = tuple(i for i, spec in enumerate(layers) if spec.name == "model.layers.1.mlp.up_proj")
     adapter = AdapterSpec("default", wanted)
-    case = Case(Sweep("none", "lora", "model.llama", "float32"), 0, 0, layers, (adapter,), "float32", "normal", extra=extra)
+    case = Case(
+        Sweep("none", "lora", "model.llama", "float32"), 0, 0, layers, (adapter,), "float32", "normal", extra=extra
+    )
     assert spelled(case, adapter) == Targets(("up_proj",), (1,), "layers")
 
 

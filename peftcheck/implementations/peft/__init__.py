@@ -73,7 +73,9 @@ class Peft:
                 method.after(model, given, adapter.name, case)
                 method.tells(model, given, adapter.name, case)
 
-            attached = PeftAttached(wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole, method.own)
+            attached = PeftAttached(
+                wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole, method.own
+            )
             for adapter in others:
                 attached.add(adapter)
             if others:
@@ -102,8 +104,12 @@ class Peft:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             method.before(model, config(first), first, case)
-            wrapped = PeftModel.from_pretrained(model, str(folders[first]), adapter_name=first, autocast_adapter_dtype=autocast)
-            attached = PeftAttached(wrapped, names, method.roles, add, autocast, None, method.run, case.whole, method.own)
+            wrapped = PeftModel.from_pretrained(
+                model, str(folders[first]), adapter_name=first, autocast_adapter_dtype=autocast
+            )
+            attached = PeftAttached(
+                wrapped, names, method.roles, add, autocast, None, method.run, case.whole, method.own
+            )
             for name in others:
                 method.before(wrapped.base_model.model, config(name), name, case)
                 attached.load(folders[name], name)

@@ -133,7 +133,11 @@ class PeftAttached:
 
     def _saved(self, adapter: str) -> dict[tuple[str, str], Tensor]:
         wrappers = ((name, self.layer(name)) for name in self.names)
-        copies = ((name, m.modules_to_save[adapter]) for name, m in wrappers if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save)
+        copies = (
+            (name, m.modules_to_save[adapter])
+            for name, m in wrappers
+            if isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save
+        )
         return {(name, f"saved.{key}"): tensor for name, copy in copies for key, tensor in copy.named_parameters()}
 
     def trainable(self, adapter: str) -> frozenset[tuple[str, str]]:
@@ -244,7 +248,7 @@ def _own(module: BaseTunerLayer, adapter: str, roles: Mapping[str, str]) -> Iter
         container = getattr(module, attribute, None)
         if not hasattr(container, "keys"):  # neither a mapping nor one of torch's or PEFT's containers by name
             continue
-        if adapter not in container.keys():
+        if adapter not in container:
             continue
         item = container[adapter]
         if isinstance(item, Tensor):

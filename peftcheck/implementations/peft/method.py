@@ -40,7 +40,8 @@ class Method:
     `config(adapter, targets)` returns PEFT's configuration for the named target modules; `roles` renames PEFT's
     parameter attributes ('lora_A.weight') to the roles of the closed form ('A'). `before` is what the documentation
     asks to be run on the user's model before an adapter is attached (statistics of data), `after` what it asks to be
-    run on PEFT's model afterwards, `tells` what is to be told its layers, adapted or loaded. `run(model, inputs)` runs a model that has to be told more than its inputs;
+    run on PEFT's model afterwards, `tells` what is to be told its layers, adapted or loaded. `run(model, inputs)` runs
+    a model that has to be told more than its inputs;
     `layer` defines, in a script, how its layers are called then. `mixed`: the adapters are of several types.
     `attach` makes PEFT's model of the user's with the first adapter, where `get_peft_model` alone does not; `own` yields
     a layer's tensors of an adapter as (role, tensor), where they are not all kept under the adapter's name; `scripted`

@@ -61,7 +61,9 @@ def spelling(case: Case, method: Method) -> Spelling:
         merged=lambda name: f"layer({text(name)}).merged_adapters",
         disabled="model.disable_adapter()",
         unload="model.unload()",
-        export=lambda own, safe: f"model.merge_and_unload(safe_merge={safe}{'' if own is None else f', adapter_names={_list(own)}'})",
+        export=lambda own, safe: (
+            f"model.merge_and_unload(safe_merge={safe}{'' if own is None else f', adapter_names={_list(own)}'})"
+        ),
         merge=lambda own, safe: f"model.merge_adapter({'' if own is None else f'{_list(own)}, '}safe_merge={safe})",
         unmerge="model.unmerge_adapter()",
         root=lambda attached: attached.model,
@@ -70,7 +72,9 @@ def spelling(case: Case, method: Method) -> Spelling:
         load=lambda folder, own: f"model.load_adapter(str({folder}), {text(own)}{cast})",
         mixed=lambda inputs, rows: f"model({inputs}, adapter_names={rows})",
         activate=lambda own: f"model.base_model.set_adapter({_list(own)})",
-        rescale=lambda own, factor: f'[m.set_scale({text(own)}, {factor}) for m in model.modules() if hasattr(m, "set_scale")]',
+        rescale=lambda own, factor: (
+            f'[m.set_scale({text(own)}, {factor}) for m in model.modules() if hasattr(m, "set_scale")]'
+        ),
         add=lambda own: f"model.add_adapter({text(own)}, {source(by_name[own])}{cast})",
         combine=partial(_combined, isinstance(configs[0], peft.IA3Config)) if method.variant.combinations else None,
         gain=lambda name, adapter: f"model.get_submodule({text(f'base_model.model.{name}')}).scaling[{adapter}]",
@@ -115,7 +119,9 @@ def _is_config(value: Any) -> bool:
 def _imports(configs: list[Any]) -> tuple[str, ...]:
     """Return the import lines for the classes that configurations' sources name; PEFT exports not all of them itself."""
     inside = [config for one in configs for config in _within(one)]
-    others = sorted({f"from {type(c).__module__} import {type(c).__name__}" for c in inside if not hasattr(peft, type(c).__name__)})
+    others = sorted(
+        {f"from {type(c).__module__} import {type(c).__name__}" for c in inside if not hasattr(peft, type(c).__name__)}
+    )
     names = dict.fromkeys(type(c).__name__ for c in inside if hasattr(peft, type(c).__name__))
     return (f"from peft import {', '.join((*names, 'get_peft_model'))}", *others)
 

@@ -135,7 +135,12 @@ METHODS: dict[str, tuple[Variant, Make]] = {
 
 @cache
 def _variants() -> Mapping[str, Variant]:
-    return MappingProxyType({name: replace(variant, layers=variant.layers | having(variant.layers)) for name, (variant, _) in METHODS.items()})
+    return MappingProxyType(
+        {
+            name: replace(variant, layers=variant.layers | having(variant.layers))
+            for name, (variant, _) in METHODS.items()
+        }
+    )
 
 
 class Reference:
@@ -152,9 +157,7 @@ class Reference:
     def attach(self, model: nn.Module, case: Case) -> ReferenceAttached:
         """Attach the case's adapters, all of them active, in order; raises UsageError for an unknown variant."""
         if case.sweep.variant not in METHODS:
-            raise UsageError(
-                f"reference has no variant '{case.sweep.variant}': choose from {', '.join(METHODS)}"
-            )
+            raise UsageError(f"reference has no variant '{case.sweep.variant}': choose from {', '.join(METHODS)}")
         _, make = METHODS[case.sweep.variant]
         names = [spec.name for spec in case.layers]
         others = [name for name in models.holders(model) if name not in names] if case.whole else []

@@ -27,7 +27,9 @@ class ReferenceAttached:
     attached.
     """
 
-    def __init__(self, model: nn.Module, names: Sequence[str], make: Make, dtype: torch.dtype, others: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, names: Sequence[str], make: Make, dtype: torch.dtype, others: Sequence[str] = ()
+    ) -> None:
         self.model = model
         self.names = tuple(names)
         self.others = tuple(others)
@@ -140,9 +142,7 @@ class ReferenceAttached:
     def _refuse_merged(self, what: str, adapter: str | None = None) -> None:
         for name, wrapper in self._wrappers():
             if wrapper.merged and (adapter is None or adapter in wrapper.merged):
-                raise ValueError(
-                    f"cannot {what} while '{wrapper.merged[-1]}' is merged into '{name}': unmerge first"
-                )
+                raise ValueError(f"cannot {what} while '{wrapper.merged[-1]}' is merged into '{name}': unmerge first")
 
     def rescale(self, adapter: str, factor: float) -> None:
         self._known([adapter])
@@ -210,9 +210,7 @@ class ReferenceAttached:
         for site, wrapper in self._wrappers():
             if any(not getattr(wrapper[name], "mixes", True) for name in wrapper.names()):
                 raise ValueError(f"'{site}' has an adapter that cannot share a batch with others")
-        rows = {
-            name: [row for row, own in enumerate(adapters) if own == name] for name in dict.fromkeys(adapters)
-        }
+        rows = {name: [row for row, own in enumerate(adapters) if own == name] for name in dict.fromkeys(adapters)}
         if any(x.dim() < 1 or x.shape[0] != len(adapters) for x in inputs):
             raise ValueError(f"a mixed batch needs one adapter per row: {len(adapters)} were given")
         active = {name: wrapper.active for name, wrapper in self._wrappers()}
@@ -272,18 +270,16 @@ class ReferenceAttached:
     # combining and storing
 
     @torch.no_grad()
-    def combine(
-        self, adapters: Sequence[str], weights: Sequence[float], kind: str, into: str, **options
-    ) -> None:
+    def combine(self, adapters: Sequence[str], weights: Sequence[float], kind: str, into: str, **options) -> None:
         """Add, inactive, the weighted combination of adapters: 'cat', 'linear' (both exact) or 'svd'."""
         self._known(adapters)
         self._fresh(into)
         if len(adapters) != len(weights) or not adapters:
-            raise ValueError(
-                f"{len(adapters)} adapters and {len(weights)} weights cannot be combined into '{into}'"
-            )
+            raise ValueError(f"{len(adapters)} adapters and {len(weights)} weights cannot be combined into '{into}'")
         # the rank that an SVD keeps by default is the largest of any member, on layers without it too
-        ranks = [getattr(wrapper[own], "rank", 0) for _, wrapper in self._wrappers() for own in adapters if own in wrapper]
+        ranks = [
+            getattr(wrapper[own], "rank", 0) for _, wrapper in self._wrappers() for own in adapters if own in wrapper
+        ]
         rank = options.get("svd_rank") or max(ranks, default=0)
         made = {}
         for name, wrapper in self._wrappers():
@@ -309,9 +305,7 @@ class ReferenceAttached:
         made = {}
         for site, configuration in stored.sites.items():
             if site not in self.names:
-                raise ValueError(
-                    f"the stored adapter '{adapter}' needs a layer '{site}', which the model lacks"
-                )
+                raise ValueError(f"the stored adapter '{adapter}' needs a layer '{site}', which the model lacks")
             options = tuple((key, value) for key, value in configuration["options"].items())
             spec = AdapterSpec(adapter, (), configuration["rank"], configuration["alpha"], options)
             made[site] = self._made(site, spec)

@@ -22,9 +22,7 @@ class Checkpoint:
     tensors: dict[tuple[str, str], Tensor]
 
 
-def save(
-    folder: Path, adapter: str, sites: Mapping[str, dict], tensors: Mapping[tuple[str, str], Tensor]
-) -> None:
+def save(folder: Path, adapter: str, sites: Mapping[str, dict], tensors: Mapping[tuple[str, str], Tensor]) -> None:
     """Write an adapter to `folder/adapter`: its own tensors and nothing of the base."""
     target = folder / adapter
     target.mkdir(parents=True, exist_ok=True)

@@ -30,9 +30,7 @@ class Gate(nn.Module):
         self.dropout = float(adapter.option("dropout", 0.0))
         self.feedforward = bool(adapter.option("feedforward"))
         if self.feedforward and g.kind == "embedding":
-            raise TypeError(
-                f"(IA)^3 '{adapter.name}' on '{site}': the input of an embedding has no features to scale"
-            )
+            raise TypeError(f"(IA)^3 '{adapter.name}' on '{site}': the input of an embedding has no features to scale")
         self.vector = nn.Parameter(torch.ones(g.n_in if self.feedforward else g.n_out, dtype=dtype))
 
     def rescale(self, factor: float) -> None:
@@ -71,16 +69,10 @@ class Gate(nn.Module):
 
     def merge(self, layer: nn.Module, tensors: Tensors, bare: Callable[[], Tensors]) -> Tensors:
         """Return the tensors that change, multiplied and rounded once to their dtype."""
-        return {
-            name: (tensors[name] * gain).to(tensors[name].dtype) for name, gain in self._gains(layer).items()
-        }
+        return {name: (tensors[name] * gain).to(tensors[name].dtype) for name, gain in self._gains(layer).items()}
 
     def unmerge(self, layer: nn.Module, tensors: Tensors) -> Tensors:
         """Return the tensors that change, divided by the same factors; raises ValueError where one is zero."""
         if bool((self.vector == 0).any()):
-            raise ValueError(
-                f"(IA)^3 '{self.name}' cannot be unmerged from '{self.site}': its vector has a zero"
-            )
-        return {
-            name: (tensors[name] / gain).to(tensors[name].dtype) for name, gain in self._gains(layer).items()
-        }
+            raise ValueError(f"(IA)^3 '{self.name}' cannot be unmerged from '{self.site}': its vector has a zero")
+        return {name: (tensors[name] / gain).to(tensors[name].dtype) for name, gain in self._gains(layer).items()}

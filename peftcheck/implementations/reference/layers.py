@@ -40,9 +40,7 @@ def geometry(site: str, layer: nn.Module) -> Geometry:
         return Geometry("transposed", *layer.weight.shape)
     for convolution in CONVOLUTIONS:
         if isinstance(layer, convolution) and not layer.transposed:
-            return Geometry(
-                "convolution", layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups
-            )
+            return Geometry("convolution", layer.in_channels, layer.out_channels, layer.kernel_size, layer.groups)
     if isinstance(layer, nn.Embedding):
         factor = getattr(layer, "embed_scale", None)
         if factor is not None or type(layer).forward is nn.Embedding.forward:

@@ -40,9 +40,7 @@ class LowRank(nn.Module):
         self.scale = adapter.alpha / (math.sqrt(adapter.rank) if adapter.option("rslora") else adapter.rank)
         self.factor = 1.0
         self.A = nn.Parameter(torch.randn(adapter.rank, g.n_in, *g.kernel, dtype=dtype) / math.sqrt(g.n_in))
-        self.B = nn.Parameter(
-            torch.zeros(g.n_out, adapter.rank // g.groups, *(1,) * len(g.kernel), dtype=dtype)
-        )
+        self.B = nn.Parameter(torch.zeros(g.n_out, adapter.rank // g.groups, *(1,) * len(g.kernel), dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(g.n_out, dtype=dtype)) if adapter.option("bias") else None
 
     def rescale(self, factor: float) -> None:
@@ -89,9 +87,7 @@ class LowRank(nn.Module):
             raise ValueError(
                 f"LoRA '{self.name}' cannot merge into '{self.site}', a convolution with {g.groups} groups"
             )
-        return (self.B.flatten(1) @ self.A.flatten(1)).reshape(g.n_out, g.n_in, *g.kernel) * (
-            self.factor * self.scale
-        )
+        return (self.B.flatten(1) @ self.A.flatten(1)).reshape(g.n_out, g.n_in, *g.kernel) * (self.factor * self.scale)
 
     def delta(self, layer: nn.Module) -> Tensors:
         """Return what merging adds to each of the layer's tensors, in the adapter's dtype and the layer's layout."""
@@ -106,12 +102,8 @@ class LowRank(nn.Module):
 
     def merge(self, layer: nn.Module, tensors: Tensors, bare: Callable[[], Tensors]) -> Tensors:
         """Return the tensors that change, delta added: the delta is rounded to their dtype, then the sum."""
-        return {
-            name: tensors[name] + change.to(tensors[name].dtype) for name, change in self.delta(layer).items()
-        }
+        return {name: tensors[name] + change.to(tensors[name].dtype) for name, change in self.delta(layer).items()}
 
     def unmerge(self, layer: nn.Module, tensors: Tensors) -> Tensors:
         """Return the tensors that change, the same rounded delta subtracted."""
-        return {
-            name: tensors[name] - change.to(tensors[name].dtype) for name, change in self.delta(layer).items()
-        }
+        return {name: tensors[name] - change.to(tensors[name].dtype) for name, change in self.delta(layer).items()}

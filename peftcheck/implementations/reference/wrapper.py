@@ -98,9 +98,7 @@ class Wrapper(nn.Module):
             step = self[name].merge(self.layer, {**tensors, **changed}, self.bare)
             for key, tensor in step.items():
                 if safe and not bool(torch.isfinite(tensor).all()):
-                    raise ValueError(
-                        f"adapter '{name}' makes {self.site}.{key} infinite or NaN: nothing was merged"
-                    )
+                    raise ValueError(f"adapter '{name}' makes {self.site}.{key} infinite or NaN: nothing was merged")
             changed.update(step)
         return changed
 

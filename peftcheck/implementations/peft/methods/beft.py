@@ -20,6 +20,4 @@ def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     return Claim.REFUSES if op in MERGES and not spec.bias else Claim.YES
 
 
-METHODS = (
-    Method(Variant("beft", "bias", frozenset({"linear"}), claim=claim), _config, {"beft_bias": "bias"}),
-)
+METHODS = (Method(Variant("beft", "bias", frozenset({"linear"}), claim=claim), _config, {"beft_bias": "bias"}),)

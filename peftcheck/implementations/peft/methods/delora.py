@@ -20,4 +20,6 @@ def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     return Claim.ABSENT if op in (Op.COMBINE, Op.RESCALE, Op.MIXED_BATCH) else Claim.YES
 
 
-METHODS = (Method(Variant("delora", "delora", frozenset({"linear"}), claim=claim, keeps=keeping("norm")), _config, ROLES),)
+METHODS = (
+    Method(Variant("delora", "delora", frozenset({"linear"}), claim=claim, keeps=keeping("norm")), _config, ROLES),
+)

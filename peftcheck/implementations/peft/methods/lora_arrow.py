@@ -21,7 +21,12 @@ from peftcheck.implementations.peft.method import MERGES, Method
 from peftcheck.oracle.experts import MOST
 
 _ROUTER = "arrow_router"  # the name that PEFT gives the adapter that routes, and tells it by
-_ROLES = {f"{role}{factor}.{index}": f"{role}{factor}.{index}" for role in ("", "general.") for factor in "AB" for index in range(MOST)}
+_ROLES = {
+    f"{role}{factor}.{index}": f"{role}{factor}.{index}"
+    for role in ("", "general.")
+    for factor in "AB"
+    for index in range(MOST)
+}
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> LoraConfig:
@@ -61,7 +66,9 @@ def _attach(model: nn.Module, config: Any, adapter: AdapterSpec, autocast: bool,
 
 def _scripted(config: Any, adapter: AdapterSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the imports and the lines that do the same in a script."""
-    names = [f"task{i}" for i in range(adapter.option("experts"))] + [f"general{i}" for i in range(adapter.option("general"))]
+    names = [f"task{i}" for i in range(adapter.option("experts"))] + [
+        f"general{i}" for i in range(adapter.option("general"))
+    ]
     paths = [[f"experts/{name}" for name in names if name.startswith(kind)] for kind in ("task", "general")]
     targets = config.target_modules if isinstance(config.target_modules, str) else sorted(config.target_modules)
     arrow = (
@@ -86,7 +93,8 @@ def _scripted(config: Any, adapter: AdapterSpec) -> tuple[tuple[str, ...], tuple
 def _own(module: LoraLayer, adapter: str) -> Iterator[tuple[str, Tensor]]:
     """Yield the factors of the experts and of the general adapters, and those that the router has and does not use.
 
-    An expert is an adapter, too: of one, its own factors. The directions of the experts are there once a forward has looked for them.
+    An expert is an adapter, too: of one, its own factors. The directions of the experts are there once a forward has
+    looked for them.
     """
     router = getattr(module, "lora_arrow", nn.ModuleDict())
     if adapter in router:

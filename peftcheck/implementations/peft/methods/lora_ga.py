@@ -20,7 +20,9 @@ from peftcheck.implementations.peft.methods.lora_inits import BOTH, SINGLE, cali
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> LoraConfig:
-    own = LoraGAConfig(direction=adapter.option("direction"), scale=adapter.option("scale"), stable_gamma=adapter.option("gamma"))
+    own = LoraGAConfig(
+        direction=adapter.option("direction"), scale=adapter.option("scale"), stable_gamma=adapter.option("gamma")
+    )
     return configured(init_lora_weights="lora_ga", lora_ga_config=own)(adapter, targets)
 
 

@@ -66,7 +66,9 @@ def _eva(model: nn.Module, config: Any, adapter: str, case: Case) -> None:
 def _eva_finished(case: Case, adapter: AdapterSpec) -> tuple[str, str]:
     """Return how a script goes EVA's way without data: with components of its own, over which it then writes."""
     specs = [(case.layers[target], adapter.at(target).rank) for target in adapter.targets]
-    components = ", ".join(f"{text(f'base_model.model.{spec.name}')}: torch.ones({rank}, {spec.n_in})" for spec, rank in specs)
+    components = ", ".join(
+        f"{text(f'base_model.model.{spec.name}')}: torch.ones({rank}, {spec.n_in})" for spec, rank in specs
+    )
     given = f"eva_state_dict={{{components}}}, adapter_name={text(adapter.name)}"
     return "initialize_lora_eva_weights", f"initialize_lora_eva_weights(model, {given})"
 

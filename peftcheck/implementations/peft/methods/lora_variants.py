@@ -104,7 +104,16 @@ def _methods() -> dict[str, Method]:
 
 
 def _mica() -> Method:
-    return _method("lora.mica", "lora", configured(init_lora_weights="mica"), {}, layers=BOTH.union(EMBEDDINGS), fit=no_wider, dtypes=SINGLE, keeps=keeping("B"))
+    return _method(
+        "lora.mica",
+        "lora",
+        configured(init_lora_weights="mica"),
+        {},
+        layers=BOTH.union(EMBEDDINGS),
+        fit=no_wider,
+        dtypes=SINGLE,
+        keeps=keeping("B"),
+    )
 
 
 METHODS = (

@@ -13,9 +13,7 @@ from peftcheck.implementations.peft.method import Method
 
 
 def _config(adapter: AdapterSpec, targets: list[str]) -> RoadConfig:
-    return RoadConfig(
-        variant=adapter.option("form"), group_size=adapter.option("group_size"), target_modules=targets
-    )
+    return RoadConfig(variant=adapter.option("form"), group_size=adapter.option("group_size"), target_modules=targets)
 
 
 def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:

@@ -66,7 +66,9 @@ def _patterned(method: Method, pattern: _Pattern) -> Method:
         fitted = method.variant.fit(adapter, layers, exact)
         ranks = tuple((t, pattern.other(fitted.rank, layers[t])) for t in fitted.targets if t % 2 == 0)
         alphas = tuple((t, 2.0 * fitted.alpha) for t in fitted.targets if t % 3 == 0 and pattern.alphas)
-        return replace(fitted, options=tuple(sorted({**dict(fitted.options), "ranks": ranks, "alphas": alphas}.items())))
+        return replace(
+            fitted, options=tuple(sorted({**dict(fitted.options), "ranks": ranks, "alphas": alphas}.items()))
+        )
 
     def config(adapter: AdapterSpec, targets: list[str]) -> Any:
         made = method.config(adapter, targets)
@@ -74,10 +76,14 @@ def _patterned(method: Method, pattern: _Pattern) -> Method:
             given = dict(adapter.option(option, ()))
             named = zip(adapter.targets, targets, strict=True)
             if field and given:
-                setattr(made, field, {pattern.spelled(name): given[target] for target, name in named if target in given})
+                setattr(
+                    made, field, {pattern.spelled(name): given[target] for target, name in named if target in given}
+                )
         return made
 
-    return replace(method, variant=replace(_narrow(method.variant), name=f"{method.variant.name}.pattern", fit=fit), config=config)
+    return replace(
+        method, variant=replace(_narrow(method.variant), name=f"{method.variant.name}.pattern", fit=fit), config=config
+    )
 
 
 def _set(method: Method, name: str, keeps: tuple[str, ...] = (), **options: Any) -> Method:
@@ -94,7 +100,9 @@ def _set(method: Method, name: str, keeps: tuple[str, ...] = (), **options: Any)
 
 
 def _narrow(variant: Variant) -> Variant:
-    return replace(variant, like=variant.name, layers=_LINEAR, unasked=frozenset(SUBJECTS) - _LINEAR, dtypes=frozenset({"float32"}))
+    return replace(
+        variant, like=variant.name, layers=_LINEAR, unasked=frozenset(SUBJECTS) - _LINEAR, dtypes=frozenset({"float32"})
+    )
 
 
 _SET: Mapping[str, tuple[tuple[str, tuple[str, ...], dict[str, Any]], ...]] = {

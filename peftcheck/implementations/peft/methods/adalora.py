@@ -34,7 +34,8 @@ def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
 def one_trainable(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ...]) -> tuple[AdapterSpec, ...]:
     """Put every adapter but the first in inference mode: only one may be trained."""
     first, *others = adapters
-    return (first, *(replace(other, options=(*other.options, ("inference", True))) for other in others))
+    rest = ({**dict(other.options), "inference": True} for other in others)
+    return (first, *(replace(other, options=tuple(sorted(own.items()))) for other, own in zip(others, rest, strict=True)))
 
 
 METHODS = (

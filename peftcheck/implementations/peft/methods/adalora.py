@@ -35,7 +35,10 @@ def one_trainable(adapters: tuple[AdapterSpec, ...], layers: tuple[LayerSpec, ..
     """Put every adapter but the first in inference mode: only one may be trained."""
     first, *others = adapters
     rest = ({**dict(other.options), "inference": True} for other in others)
-    return (first, *(replace(other, options=tuple(sorted(own.items()))) for other, own in zip(others, rest, strict=True)))
+    return (
+        first,
+        *(replace(other, options=tuple(sorted(own.items()))) for other, own in zip(others, rest, strict=True)),
+    )
 
 
 METHODS = (

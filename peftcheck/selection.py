@@ -90,7 +90,7 @@ PROFILES = {
         native=1,
         logic=1,
         heavy=1,
-        tries=96,
+        tries=400,
         leaves=frozenset({"forward.compiled", "merge.under_no_grad"}),
         model_leaves=frozenset({"state.sequence"}),
         model_dtypes=("float32",),
@@ -98,7 +98,7 @@ PROFILES = {
         turns=frozenset({"dtypes", "combine", "models", "likes"}),
     ),
     "full": Profile(
-        "full", exact=1, native=2, logic=1, heavy=1, tries=120, leaves=frozenset({"forward.compiled"})
+        "full", exact=1, native=2, logic=1, heavy=1, tries=400, leaves=frozenset({"forward.compiled"})
     ),  # which takes a second or two a cell to trace: a quarter of the rest together
     "nightly": Profile("nightly", exact=20, native=60, logic=20, heavy=20, tries=480),
 }

@@ -266,11 +266,12 @@ class Walk:
     def _may_say(self, case: Case, law: Law) -> bool:
         """Return whether building the case can tell anything of the law: attaching costs more than asking.
 
-        A law on refused merges waits for a case that has one, one on combinations for members and options that it needs.
+        A law on refused merges waits for a case that has one, any other for one on which all that it needs is claimed;
+        one on combinations for members and options that it needs.
         """
         if law.group == "refuse":
             return _claims_of(self.variant, case, law)
-        return law.cases(self.variant, case)
+        return law.cases(self.variant, case) and _weakest(self.variant, case, law) is Claim.YES
 
     def _check(self, case: Case, laws: Sequence[Law]) -> list[Outcome]:
         token = encode(case, "")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ class PeftAttached:
 
     def sites(self, adapter: str) -> tuple[str, ...]:
         """Return the layers that hold a tensor of the adapter's own which its closed form names."""
-        own: dict[str, list[int]] = {}
+        own: dict[str, list[Hashable]] = {}
         for name, module in self._tuner_layers():
             own.setdefault(name, []).extend(_place(t) for t in self._named(module, adapter))
         # a bank or a projection that layers share hangs on each of them, adapted by this adapter or not
@@ -222,9 +222,9 @@ class PeftAttached:
         self.model.load_adapter(str(folder), adapter, autocast_adapter_dtype=self.autocast)
 
 
-def _place(tensor: Tensor) -> int:
-    """Return a number that only tensors in the same memory share: those without elements have none."""
-    return tensor.data_ptr() or -id(tensor)
+def _place(tensor: Tensor) -> Hashable:
+    """Return what only tensors in the same memory have in common: those without elements have nothing."""
+    return tensor.data_ptr() or object()
 
 
 def _blocks(config: Any) -> dict[str, Any]:

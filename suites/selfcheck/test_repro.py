@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
+from scripts import execute
 
 from peftcheck import engine, generator, models, processor, repro
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Poison, Sweep, encode
@@ -164,17 +165,6 @@ def test_a_script_is_short_and_says_what_it_is_of(name, scripts):
 
 
 # where the law holds
-
-
-def execute(text: str) -> tuple[int, str]:
-    """Run a script in this interpreter; return its exit code and what it printed."""
-    out = io.StringIO()
-    with engine.pinned(), contextlib.redirect_stdout(out):
-        try:
-            exec(compile(text, "script", "exec"), {"__name__": "__main__"})
-        except SystemExit as stop:
-            return int(stop.code or 0), out.getvalue()
-    return 0, out.getvalue()
 
 
 def pretended(name: str, one: Case, role: str, symptom: str) -> str:

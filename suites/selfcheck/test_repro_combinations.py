@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tomllib
 from functools import cache
 from importlib.resources import files
 
 import pytest
 from peft import LoraModel
+from scripts import execute
 
 from peftcheck import engine, repro
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep, decode
@@ -44,17 +43,6 @@ def written(name: str) -> str:
     script = repro.standalone(LIBRARY, case, LAWS[law])
     assert script is not None, f"no script for {law} on {case.words()}"
     return script
-
-
-def execute(script: str) -> tuple[int, str]:
-    """Run a script in this interpreter; return its exit code and what it printed."""
-    out = io.StringIO()
-    with engine.pinned(), contextlib.redirect_stdout(out):
-        try:
-            exec(compile(script, "script", "exec"), {"__name__": "__main__"})
-        except SystemExit as stop:
-            return int(stop.code or 0), out.getvalue()
-    return 0, out.getvalue()
 
 
 @pytest.mark.parametrize("name", SPOKEN)

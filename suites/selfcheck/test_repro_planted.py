@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -11,6 +9,7 @@ import pytest
 import torch
 from peft.tuners.lora.layer import Conv2d, Linear
 from peft.tuners.lora.model import LoraModel
+from scripts import execute
 from torch import nn
 
 from peftcheck import engine, repro
@@ -183,17 +182,6 @@ PLANTED = (
     Planted("train.base_frozen", others_move, TWO, 'set_adapter(["x-1"])'),
     Planted("state.delete", needs_the_first, TWO, 'delete_adapter("x-1")'),
 )
-
-
-def execute(text: str) -> tuple[int, str]:
-    """Run a script in this interpreter; return its exit code and what it printed."""
-    out = io.StringIO()
-    with engine.pinned(), contextlib.redirect_stdout(out):
-        try:
-            exec(compile(text, "script", "exec"), {"__name__": "__main__"})
-        except SystemExit as stop:
-            return int(stop.code or 0), out.getvalue()
-    return 0, out.getvalue()
 
 
 @pytest.mark.parametrize("defect", PLANTED, ids=lambda one: f"{one.law}-{one.plant.__name__}")

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import tomllib
 from dataclasses import replace
 
 import pytest
 from peft.tuners.lora.layer import Linear, LoraLayer
 from peft.tuners.tuners_utils import BaseTuner
+from scripts import execute
 
-from peftcheck import engine, repro
+from peftcheck import repro
 from peftcheck.case import AdapterSpec, Case, LayerSpec, Sweep, decode
 from peftcheck.implementations.peft import Peft
 from peftcheck.law import laws
@@ -41,17 +40,6 @@ def written(one: Case, name: str) -> str:
     text = repro.standalone(LIBRARY, one, laws(name)[0])
     assert text is not None, f"no script for {name}"
     return text
-
-
-def execute(text: str) -> tuple[int, str]:
-    """Run a script in this interpreter; return its exit code and what it printed."""
-    out = io.StringIO()
-    with engine.pinned(), contextlib.redirect_stdout(out):
-        try:
-            exec(compile(text, "script", "exec"), {"__name__": "__main__"})
-        except SystemExit as stop:
-            return int(stop.code or 0), out.getvalue()
-    return 0, out.getvalue()
 
 
 def off_in_another_order(unmerge):

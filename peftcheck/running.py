@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 import secrets
-import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 import pytest
@@ -19,20 +18,22 @@ from peftcheck.errors import UsageError
 from peftcheck.plugin import COLLECTOR
 from peftcheck.tokens import NO_LAW
 
+if TYPE_CHECKING:
+    from peftcheck.session import Session
+
 _FILTERS = ("law", "variant", "layer", "dtype", "quantizer", "kind")
 
 
 class _Keep:
-    """A pytest plugin that keeps the run's collector for the caller."""
+    """A pytest plugin that hands the run's session to its collector, and keeps that for the caller."""
 
-    def __init__(self) -> None:
+    def __init__(self, key: tuple[str, str], session: Session) -> None:
+        self._key, self._session = key, session
         self.collector: Any = None
-
-    def pytest_configure(self, config: pytest.Config) -> None:
-        self.collector = config.stash.get(COLLECTOR, None)
 
     def pytest_sessionstart(self, session: pytest.Session) -> None:
         self.collector = session.config.stash[COLLECTOR]
+        self.collector.sessions[self._key] = self._session
 
 
 def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
@@ -49,21 +50,42 @@ def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
     ledger = "none" if options["no_ledger"] else options["ledger"]
     if ledger not in (None, "none") and not Path(ledger).exists():
         raise UsageError(f"no ledger at {ledger}")
-    # everything that can be wrong with the request is found here, before a worker starts or a file is written
-    library = Session(
-        Settings(
-            target,
-            options["profile"],
-            seed,
-            None if ledger == "none" else ledger or "",
-            filters,
-            parse_shard(options["shard"]),
+    with tempfile.TemporaryDirectory(prefix="peftcheck-") as journal:
+        # everything that can be wrong with the request is found here, before a worker starts or a file is written
+        session = Session(
+            Settings(
+                target,
+                options["profile"],
+                seed,
+                None if ledger == "none" else ledger or "",
+                filters,
+                parse_shard(options["shard"]),
+                journal,
+            )
         )
-    ).implementation
-    paths = _outputs(options, library.name, library.version)
-    journal = tempfile.mkdtemp(prefix="peftcheck-")
+        paths = _outputs(options, session.implementation.name, session.implementation.version)
+        keep = _Keep((target, ledger or ""), session)
+        code = pytest.main(_arguments(target, options, seed, ledger, journal, pytest_args), plugins=[keep])
+    collector = keep.collector
+    finished = collector.record if collector else None
+    if code == pytest.ExitCode.USAGE_ERROR:
+        return 2
+    if code == pytest.ExitCode.INTERRUPTED or finished is None:
+        return 3
+    from peftcheck import report
+
+    for path in paths:
+        report.write(finished, path)
+        click.echo(f"wrote {os.path.relpath(path)}")
+    return terminal.exit_code(finished, collector.unvouched)
+
+
+def _arguments(
+    target: str, options: dict[str, Any], seed: int, ledger: str | None, journal: str, more: tuple[str, ...]
+) -> list[str]:
+    """Return what pytest is called with: our own test module, and of the plugins that are installed only what it uses."""
     folder = Path(__file__).parent
-    arguments = [
+    return [
         str(folder / "conformance.py"),
         f"--rootdir={folder}",
         "-c",
@@ -79,6 +101,8 @@ def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
         "-p",
         "no:anyio",
         "-p",
+        "no:hypothesispytest",
+        "-p",
         "no:unraisableexception",
         "-p",
         "no:threadexception",
@@ -93,25 +117,8 @@ def run(target: str, pytest_args: tuple[str, ...], **options: Any) -> int:
         *([f"--peftcheck-ledger={ledger}"] if ledger else []),
         *([f"--peftcheck-shard={options['shard']}"] if options["shard"] else []),
         *(f"--peftcheck-{name}={pattern}" for name in _FILTERS for pattern in options[name]),
-        *pytest_args,
+        *more,
     ]
-    keep = _Keep()
-    try:
-        code = pytest.main(arguments, plugins=[keep])
-    finally:
-        shutil.rmtree(journal, ignore_errors=True)
-    collector = keep.collector
-    finished = collector.record if collector else None
-    if code == pytest.ExitCode.USAGE_ERROR:
-        return 2
-    if code == pytest.ExitCode.INTERRUPTED or finished is None:
-        return 3
-    from peftcheck import report
-
-    for path in paths:
-        report.write(finished, path)
-        click.echo(f"wrote {os.path.relpath(path)}")
-    return terminal.exit_code(finished, collector.unvouched)
 
 
 def _outputs(options: dict[str, Any], name: str, version: str) -> list[Path]:

@@ -121,7 +121,8 @@ class Session:
         self.cells = _shard(found, settings.shard)
         if not self.cells:
             raise UsageError("no cell is left: the filters exclude each other; see peftcheck list cells")
-        self._journal = Path(settings.journal or tempfile.mkdtemp(prefix="peftcheck-"))
+        self._own_folder = None if settings.journal else tempfile.TemporaryDirectory(prefix="peftcheck-")
+        self._journal = Path(settings.journal or self._own_folder.name)
         self.court = ledger.Court(
             self._ledger(), self.implementation, self.laws.values(), hearings=Hearings(self._journal)
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from collections import OrderedDict
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -247,7 +248,20 @@ def to_plain(value: Any) -> Any:
 
 def encode(case: Case, law: str) -> str:
     """Return the token of a case and a law: text that `decode` turns back, on any machine."""
-    return tokens.pack(law, json.dumps(to_plain(case), separators=(",", ":"), sort_keys=True))
+    return tokens.pack(law, _text(case))
+
+
+_TEXTS: OrderedDict[int, tuple[Case, str]] = OrderedDict()  # by id: 1, 1.0 and True compare equal and are written apart
+_KEPT = 32  # cases of which the text is kept: many laws ask for tokens of a few
+
+
+def _text(case: Case) -> str:
+    found = _TEXTS.get(id(case))
+    if found is None:
+        found = _TEXTS[id(case)] = case, json.dumps(to_plain(case), separators=(",", ":"), sort_keys=True)
+        if len(_TEXTS) > _KEPT:
+            _TEXTS.popitem(last=False)
+    return found[1]
 
 
 def decode(token: str) -> tuple[Case, str]:

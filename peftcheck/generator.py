@@ -35,6 +35,7 @@ _ADAPTER_NAMES = (
 _SIZES = (1, 2, 3, 4, 5, 6, 8, 8, 12, 16, 24)
 _LARGE_FAN_IN = (64, 128, 255, 512)
 _TRIES = 1000  # layers drawn for one that a quantizer takes
+_WIDEST = {"boft": 256}  # quantized inputs of methods that multiply matrices of that width, several for each merge
 
 
 def draw(variant: Variant, sweep: Sweep, seed: int, index: int, exact: bool = False) -> Case:
@@ -155,7 +156,8 @@ def _quantized_layer(rng: random.Random, variant: Variant, declared, settings, n
     """Return a layer; where the method must refuse to merge a small one will do: some decompose even the codes."""
     bias = rng.random() < 0.5 if variant.bias is None else variant.bias
     wanted = rng.random() < 0.7 and merges  # a shape that runs forward everywhere
-    widths = declared.widths if merges else [n for n in declared.widths if n <= 128]
+    widest = 128 if not merges else _WIDEST.get(variant.formula, max(declared.widths))
+    widths = [n for n in declared.widths if n <= widest]
     heights = declared.heights if merges else [n for n in declared.heights if n <= 32]
     for _ in range(_TRIES):
         spec = variant.admit(LayerSpec(name, "linear", rng.choice(widths), rng.choice(heights), bias=bias))

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
+from peftcheck import quantizers
 from peftcheck.case import LAYERS, MODELS
-from peftcheck.implementation import Implementation, Variant
+from peftcheck.implementation import Claim, Implementation, Variant
 from peftcheck.rounding import DTYPES
 
 if TYPE_CHECKING:
@@ -29,9 +30,14 @@ class Filters:
 
     def admits(self, cell: Cell) -> bool:
         """Return whether the cell passes every filter."""
+        if self == _NO_FILTERS:
+            return True
         values = (cell.law, cell.sweep.variant, cell.sweep.layer, cell.sweep.dtype, cell.sweep.quantizer, cell.kind)
         patterns = (self.law, self.variant, self.layer, self.dtype, self.quantizer, self.kind)
         return all(_matches(value, wanted) for value, wanted in zip(values, patterns, strict=True))
+
+
+_NO_FILTERS = Filters()
 
 
 def _matches(value: str | None, patterns: tuple[str, ...]) -> bool:
@@ -82,7 +88,9 @@ class Profile:
         return (min(self.exact, most) if law.exact else 0, min(self.native, most))
 
 
-_ABREAST = 3  # variants of which one has its turn: what they add to each other's share of the code is little
+# Variants of which one has its turn: what they add to each other's share of the code is little.
+_ABREAST = 3  # of those that are like another
+_COMBINING = 6  # of those that combine, on a layer with a kind: of fewer, one
 PROFILES = {
     "quick": Profile(
         "quick",
@@ -95,7 +103,7 @@ PROFILES = {
         model_leaves=frozenset({"state.sequence"}),
         model_dtypes=("float32",),
         quantizers=("bitsandbytes.int8", "bitsandbytes.nf4"),
-        turns=frozenset({"dtypes", "combine", "models", "likes"}),
+        turns=frozenset({"dtypes", "combine", "models", "likes", "quantized"}),
     ),
     "full": Profile(
         "full", exact=1, native=2, logic=1, heavy=1, tries=400, leaves=frozenset({"forward.compiled"})
@@ -111,29 +119,43 @@ def in_turn(
 
     Group `dtypes`: on each layer a variant is asked in one of float64 and float32 and in one of the half-precision
     dtypes; laws on logic (their names) in one of those two. Eight seeds visit all.
-    Group `combine`: of `_ABREAST` variants one has its turn on a layer with a kind, in one dtype, the others with the next
-    seeds: like a Latin square, so that over the layers each kind meets every dtype, over the kinds each layer does, and
-    seeds in a row visit every cell. Variants that combine on more layers come first: no layer is left out.
+    Group `combine`: on a layer with a kind one in `_COMBINING` variants has its turn (of fewer, one), in one dtype, the
+    others with the next seeds: like a Latin square, so that over the layers each kind meets every dtype, over the kinds each
+    layer does, and seeds in a row visit every cell.
     Group `models`: of the whole models that a variant accepts, one has its turn.
     Group `likes`: of `_ABREAST` variants that are like another, one has its turn, on all of its layers.
+    Group `quantized`: of the dtypes in which a variant is asked on a quantizer, one has its turn.
     """
     variants = implementation.variants()
-    combining = sorted((v for v in variants.values() if v.combinations), key=lambda v: -len(v.layers & set(LAYERS)))
-    places = {variant.name: place for place, variant in enumerate(combining)}
+    combining = {
+        (layer, kind): [name for name, v in variants.items() if layer in v.layers and kind in v.combinations]
+        for layer in LAYERS
+        for kind in dict.fromkeys(kind for v in variants.values() for kind in v.combinations)
+    }
     order = {name: place for place, name in enumerate(variants)}
     alike = {name: place for place, name in enumerate(name for name, variant in variants.items() if variant.like)}
+    quantized = {
+        (variant.name, name): quantized_dtypes(variant, name)
+        for variant in variants.values()
+        for name in variant.quantizers
+    }
 
     def has_its_turn(cell: Cell) -> bool:
         sweep, variant = cell.sweep, variants[cell.sweep.variant]
         if "likes" in groups and (alike.get(variant.name, -seed) + seed) % _ABREAST:
             return False
         if cell.kind is not None:
-            place = places[variant.name] + LAYERS.index(sweep.layer) + list(variant.combinations).index(cell.kind)
-            return "combine" not in groups or _combines(variant, cell, place + seed)
+            own = combining[sweep.layer, cell.kind]
+            place = own.index(variant.name) + LAYERS.index(sweep.layer) + list(variant.combinations).index(cell.kind)
+            return "combine" not in groups or _combines(variant, cell, place + seed, min(_COMBINING, len(own)))
         own_models = [model for model in MODELS if model in variant.layers]
         if sweep.layer in own_models:
             return "models" not in groups or sweep.layer == own_models[(order[sweep.variant] + seed) % len(own_models)]
-        if "dtypes" not in groups or sweep.layer not in variant.layers or sweep.quantizer is not None:
+        if sweep.quantizer is not None:
+            own = quantized[sweep.variant, sweep.quantizer]
+            place = order[sweep.variant] + list(variant.quantizers).index(sweep.quantizer)
+            return "quantized" not in groups or sweep.dtype == own[(place + seed) % len(own)]
+        if "dtypes" not in groups or sweep.layer not in variant.layers:
             return True
         return sweep.dtype in _dtypes(
             variant, cell.law in logic, order[sweep.variant] + LAYERS.index(sweep.layer) + seed
@@ -142,9 +164,15 @@ def in_turn(
     return [cell for cell in cells if has_its_turn(cell)]
 
 
-def _combines(variant: Variant, cell: Cell, turn: int) -> bool:
+def quantized_dtypes(variant: Variant, quantizer: str) -> list[str]:
+    """Return the dtypes in which a variant is asked on a quantizer; where it must refuse to merge, one says it all."""
+    own = [dtype for dtype in quantizers.DECLARED[quantizer].dtypes if dtype in variant.dtypes]
+    return own if variant.quantizers[quantizer] is Claim.YES else own[:1]
+
+
+def _combines(variant: Variant, cell: Cell, turn: int, abreast: int) -> bool:
     own = [dtype for dtype in DTYPES if dtype in variant.dtypes]
-    return turn % _ABREAST == 0 and cell.sweep.dtype == own[turn // _ABREAST % len(own)]
+    return turn % abreast == 0 and cell.sweep.dtype == own[turn // abreast % len(own)]
 
 
 def _dtypes(variant: Variant, logic: bool, turn: int) -> list[str]:

@@ -19,7 +19,7 @@ from peftcheck.oracle import FORMULAS
 from peftcheck.outcome import ERROR, SKIP, Outcome
 from peftcheck.record import QuantizedRecord
 from peftcheck.rounding import DTYPES
-from peftcheck.selection import PROFILES, Filters, Profile
+from peftcheck.selection import PROFILES, Filters, Profile, quantized_dtypes
 
 # layers of several weights: the laws of combinations compare one (test_combined_attention.py has closed forms)
 UNCOMBINED = frozenset({"mha"})
@@ -112,10 +112,9 @@ def cells(implementation: Implementation, laws: Sequence[Law], filters: Filters)
 
 
 def _quantized(implementation: Implementation, variant: Variant) -> Iterable[Sweep]:
-    """Return a variant's sweeps on quantized linear layers; where it must refuse to merge, one dtype says it all."""
-    for name, claim in variant.quantizers.items():
-        dtypes = [d for d in quantizers.DECLARED[name].dtypes if d in variant.dtypes]
-        for dtype in dtypes if claim is Claim.YES else dtypes[:1]:
+    """Return a variant's sweeps on quantized linear layers."""
+    for name in variant.quantizers:
+        for dtype in quantized_dtypes(variant, name):
             yield Sweep(implementation.name, variant.name, "linear", dtype, name)
 
 
@@ -197,18 +196,15 @@ class Walk:
         self._visit(open_laws)
         results |= {name: tally.result() for name, tally in open_laws.items()}
         name = "quantize.merge_budget"
-        if (
-            self.sweep.quantizer is not None
-            and self.sweep.dtype == "float32"
-            and results.get(name, _NOT_RUN).state == "ran"
-        ):
+        costed = "quantized" in self.profile.turns or self.sweep.dtype == "float32"  # once for each dtype there is
+        if self.sweep.quantizer is not None and costed and results.get(name, _NOT_RUN).state == "ran":
             results[name] = replace(results[name], quantized=self._cost())
         return results
 
     def _cost(self) -> QuantizedRecord | None:
-        """Return what a merge costs here, for the report."""
+        """Return what a merge costs here in float32, for the report."""
         with self.watch(self._draw(0, False), "cost"), engine.pinned():
-            return quantized_cost.measure(self.implementation, self.sweep)
+            return quantized_cost.measure(self.implementation, replace(self.sweep, dtype="float32"))
 
     def _draw(self, index: int, exact: bool) -> Case:
         if self.kind is None:

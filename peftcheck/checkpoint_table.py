@@ -1,8 +1,8 @@
-"""What a checkpoint of each variant holds: a table of bytes for the record, a function of the implementation alone."""
+"""What a checkpoint of a variant holds: a table of bytes for the record, its rows functions of the implementation alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from peftcheck import checkpoint, engine, generator, refusal
@@ -24,11 +24,12 @@ _NAMES = tuple(f"layers.{number}.proj" for number in range(4))
 _DRAWS = 24  # cases whose options are looked at, for each set of declared tensors
 
 
-def table(implementation: Implementation) -> Table | None:
-    """Return the table, a row for each variant and each set of tensors that it declares; None where nothing saves."""
+def table(implementation: Implementation, names: Collection[str]) -> Table | None:
+    """Return the table, a row for each of the named variants and each set of tensors it declares; None if nothing saves."""
     rows = []
+    variants = implementation.variants()
     with engine.pinned():
-        for name, variant in sorted(implementation.variants().items()):
+        for name, variant in sorted((name, variants[name]) for name in names):
             rows += [_row(implementation, case, variant) for case in specimens(implementation, name, variant)]
     found = tuple(row for row in rows if row is not None)
     return Table(TITLE, _COLUMNS, found, _NOTE) if found else None

@@ -66,9 +66,9 @@ def assemble(
 
 
 def _checkpoints(session: Session, cells: Sequence[CellRecord]) -> tuple[Table, ...]:
-    """Return what checkpoints hold, in a run that asked for it."""
-    asked = any(cell.law == "state.checkpoint_size" for cell in cells)
-    table = checkpoint_table.table(session.implementation) if asked else None
+    """Return what checkpoints hold, of the variants of which the run asked for it."""
+    asked = {cell.variant for cell in cells if cell.law == "state.checkpoint_size"}
+    table = checkpoint_table.table(session.implementation, asked) if asked else None
     return (table,) if table is not None else ()
 
 

@@ -17,6 +17,7 @@ from peftcheck.record import (
     LedgerRecord,
     QuantizedRecord,
     Record,
+    Table,
     severity,
     some,
     totals,
@@ -61,7 +62,7 @@ def join(records: Sequence[Record]) -> Record:
         defects=_grouped([record.defects for record in records], "fingerprint", _joined_defect),
         ledger=_grouped([record.ledger for record in records], "id", _joined_entry),
         faults=_grouped([record.faults for record in records], "name", _joined_fault),
-        measurements=_distinct(table for record in records for table in record.measurements),
+        measurements=_tables(table for record in records for table in record.measurements),
         quantized=_first_of_each(one for record in records for one in record.quantized),
     )
 
@@ -116,6 +117,21 @@ def _first_of_each(found: Iterable[QuantizedRecord]) -> tuple[QuantizedRecord, .
     for one in found:
         rows.setdefault((one.quantizer, one.variant), one)
     return tuple(rows[key] for key in sorted(rows))
+
+
+def _tables(found: Iterable[Table]) -> tuple[Table, ...]:
+    """Put the rows of tables with one title together, in the order of their first values where shards have different ones."""
+    groups: dict[tuple[str, ...], list[Table]] = {}
+    for table in found:
+        groups.setdefault((table.title, *table.columns), []).append(table)
+    return tuple(map(_joined_table, groups.values()))
+
+
+def _joined_table(tables: list[Table]) -> Table:
+    rows = _distinct(row for table in tables for row in table.rows)
+    if rows == tables[0].rows:
+        return tables[0]
+    return replace(tables[0], rows=tuple(sorted(rows, key=lambda row: str(row[0]))))
 
 
 def _agreed(parts: list[dict[str, Any]]) -> dict[str, Any]:

@@ -122,7 +122,8 @@ def in_turn(
     Group `combine`: on a layer with a kind one in `_COMBINING` variants has its turn (of fewer, one), in one dtype, the
     others with the next seeds: like a Latin square, so that over the layers each kind meets every dtype, over the kinds each
     layer does, and seeds in a row visit every cell.
-    Group `models`: of the whole models that a variant accepts, one has its turn.
+    Group `models`: of the whole models that a variant accepts, one has its turn: at every second seed, where the variant is
+    asked on single layers too.
     Group `likes`: of `_ABREAST` variants that are like another, one has its turn, on all of its layers.
     Group `quantized`: of the dtypes in which a variant is asked on a quantizer, one has its turn.
     """
@@ -150,7 +151,8 @@ def in_turn(
             return "combine" not in groups or _combines(variant, cell, place + seed, min(_COMBINING, len(own)))
         own_models = [model for model in MODELS if model in variant.layers]
         if sweep.layer in own_models:
-            return "models" not in groups or sweep.layer == own_models[(order[sweep.variant] + seed) % len(own_models)]
+            turn, apart = divmod(order[sweep.variant] + seed, 2 if variant.layers & set(LAYERS) else 1)
+            return "models" not in groups or (not apart and sweep.layer == own_models[turn % len(own_models)])
         if sweep.quantizer is not None:
             own = quantized[sweep.variant, sweep.quantizer]
             place = order[sweep.variant] + list(variant.quantizers).index(sweep.quantizer)

@@ -273,6 +273,18 @@ def test_joined_shards_are_the_whole_run_in_any_order():
         assert loads(dumps(joined)).totals == whole.totals
 
 
+def test_join_puts_the_rows_of_a_table_together_whichever_shards_have_them():
+    (table,) = small().measurements
+    rows = sorted(table.rows, key=lambda row: row[0])
+    assert len(rows) > 2
+    parts = [
+        replace(small(), measurements=(replace(table, rows=tuple(some)),)) for some in (rows[1:], rows[:2], rows[::2])
+    ]
+    for order in (parts, parts[::-1]):
+        (joined,) = join(order).measurements
+        assert joined == replace(table, rows=tuple(rows))
+
+
 def test_join_keeps_the_worst_witness_of_a_defect():
     mild = cell("merge.oracle", "lora", "linear", status="known", ratio=8.0)
     grave = cell("merge.oracle", "lora", "conv2d", status="violation", ratio=3.0)

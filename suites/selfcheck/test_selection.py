@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
@@ -160,3 +161,27 @@ def test_a_variant_that_is_named_is_asked_whatever_the_seed():
     named = suite.Filters(law=("merge.oracle",), variant=("hira.pattern",), layer=("linear",))
     for seed in range(3):
         assert len(Session(Settings("peft", filters=named, seed=seed)).cells) == 1
+
+
+# whole models
+
+
+def test_a_variant_is_asked_on_one_whole_model_at_every_second_seed_and_on_each_in_turn(peft):
+    every = suite.cells(peft, law.laws("merge.oracle"), suite.Filters(layer=("model.*",), dtype=("float32",)))
+    found = [in_turn(every, peft, frozenset({"models"}), seed) for seed in range(2 * len(MODELS))]
+    assert set().union(*found) == set(every)
+    for one, after in pairwise(found):
+        asked = [cell.sweep.variant for cell in one]
+        assert len(asked) == len(set(asked)) and 0 < len(asked) < len({cell.sweep.variant for cell in every})
+        assert not set(asked) & {cell.sweep.variant for cell in after}
+
+
+def test_a_variant_that_only_whole_models_have_is_asked_whatever_the_seed():
+    class Whole(Reference):
+        def variants(self):
+            return {"lora": replace(super().variants()["lora"], layers=frozenset(MODELS))}
+
+    library = Whole()
+    every = suite.cells(library, law.laws("merge.oracle"), suite.Filters(layer=("model.*",), dtype=("float32",)))
+    found = [in_turn(every, library, frozenset({"models"}), seed) for seed in range(len(MODELS))]
+    assert [len(one) for one in found] == [1] * len(MODELS) and set().union(*found) == set(every)

@@ -152,16 +152,16 @@ def test_descriptions_are_read_as_json(tmp_path) -> None:
 
 
 def test_the_table_has_a_row_for_each_variant_and_the_reference_stores_nothing_but_what_it_trains() -> None:
-    found = checkpoint_table.table(REFERENCE)
+    found = checkpoint_table.table(REFERENCE, REFERENCE.variants())
     assert {row[0] for row in found.rows} == set(REFERENCE.variants())
     assert {len(row) for row in found.rows} == {len(found.columns)}
     assert {row[-1] for row in found.rows} == {1.0}
-    assert found == checkpoint_table.table(REFERENCE)
+    assert found == checkpoint_table.table(REFERENCE, REFERENCE.variants())
 
 
 def test_the_table_shows_what_is_stored_besides() -> None:
     fault = next(one for one in FAULTS if one.name == "checkpoint.per-layer")
-    assert {row[-1] for row in checkpoint_table.table(Faulty(REFERENCE, fault)).rows} == {2.0}
+    assert {row[-1] for row in checkpoint_table.table(Faulty(REFERENCE, fault), REFERENCE.variants()).rows} == {2.0}
 
 
 @pytest.mark.parametrize("law", ["state.save_load", "state.checkpoint_size", "state.delete"])

@@ -17,6 +17,7 @@ from peftcheck.case import Sweep
 from peftcheck.errors import HarnessError, UsageError
 from peftcheck.hearings import Hearings
 from peftcheck.suite import Cell, CellResult, Failure, Filters
+from peftcheck.walk import Walk
 from peftcheck.watchdog import CASE_SECONDS, Watchdog
 
 
@@ -171,7 +172,7 @@ class Session:
             self._crashed.add(cells[0].sweep)
         laws = {cell.law: self.laws[cell.law] for cell in cells}
         profile = suite.PROFILES[self.settings.profile]
-        walk = suite.Walk(
+        walk = Walk(
             self.implementation,
             cells[0].sweep,
             laws,

@@ -30,7 +30,7 @@ ORDER = """
     record_tables record joining summary diff report_combinations report_quantized report_html report_markdown report_junit
     report_index
     report terminal
-    watchdog faults selection quantized_cost suite session bench listing checkpoint_table closing
+    watchdog faults selection quantized_cost suite walk session bench listing checkpoint_table closing
     plugin protocol __init__ running conformance cli
 """.split()
 LIBRARIES = {"peft", "lycoris", "loralib", "transformers", "diffusers", "bitsandbytes", "torchao", "optimum", "hqq"}

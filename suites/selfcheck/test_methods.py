@@ -10,7 +10,7 @@ from peft import PeftType
 from peft.config import PromptLearningConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
-from peftcheck import suite
+from peftcheck import suite, walk
 from peftcheck.case import Sweep
 from peftcheck.implementations.peft import Peft, methods
 from peftcheck.law import laws
@@ -59,7 +59,7 @@ def test_what_is_called_prompt_learning_is_what_peft_calls_so():
 
 
 def test_a_method_without_its_package_is_absent(monkeypatch):
-    monkeypatch.setattr(suite, "find_spec", lambda name: None)
+    monkeypatch.setattr(walk, "find_spec", lambda name: None)
     sweep = Sweep("peft", "adamss", "linear", "float32")
-    walk = suite.Walk(Peft(), sweep, {one.name: one for one in laws("merge.oracle")}, suite.PROFILES["quick"], 0)
-    assert walk.run()["merge.oracle"].state == "absent"
+    one = walk.Walk(Peft(), sweep, {law.name: law for law in laws("merge.oracle")}, suite.PROFILES["quick"], 0)
+    assert one.run()["merge.oracle"].state == "absent"

@@ -20,6 +20,7 @@ from peftcheck.errors import UsageError
 from peftcheck.implementation import Claim
 from peftcheck.law import laws
 from peftcheck.rounding import DTYPES, precision
+from peftcheck.walk import Walk
 
 torch.set_num_threads(1)
 BITSANDBYTES = [name for name in quantizers.DECLARED if name.startswith("bitsandbytes.")]
@@ -277,9 +278,7 @@ def test_cells_of_quantizers_hold_the_quantize_group_only(peft) -> None:
 def test_what_is_not_installed_is_absent(peft, monkeypatch) -> None:
     monkeypatch.setattr(quantizers, "absence", lambda name: "not installed: hqq")
     (law,) = laws("quantize.drift")
-    walk = suite.Walk(
-        peft, Sweep("peft", "lora", "linear", "float32", "hqq.4"), {law.name: law}, suite.PROFILES["quick"], 0
-    )
+    walk = Walk(peft, Sweep("peft", "lora", "linear", "float32", "hqq.4"), {law.name: law}, suite.PROFILES["quick"], 0)
     result = walk.run()[law.name]
     assert result.state == "absent"
     assert "hqq" in result.message

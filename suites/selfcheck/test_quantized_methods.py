@@ -18,6 +18,7 @@ from peftcheck.implementations.peft import Peft
 from peftcheck.implementations.peft.quantization import MERGED
 from peftcheck.law import laws
 from peftcheck.rounding import DTYPES
+from peftcheck.walk import Walk
 
 TUNERS = Path(peft.__file__).parent / "tuners"
 BY_HAND = [name for name, one in quantizers.DECLARED.items() if one.by_hand]
@@ -88,7 +89,7 @@ def test_what_peft_has_for_calibrated_codes_refuses_a_merge(module: str, kind: s
 def test_what_cannot_be_made_here_is_absent_and_says_why(monkeypatch) -> None:
     (law,) = laws("quantize.refuses")
     where = Sweep("peft", "lora", "linear", "float16", "eetq.int8")
-    run = suite.Walk(Peft(), where, {law.name: law}, suite.PROFILES["quick"], 0).run
+    run = Walk(Peft(), where, {law.name: law}, suite.PROFILES["quick"], 0).run
     assert run()[law.name].state == "absent"
     assert run()[law.name].message == "not installed: eetq"
     monkeypatch.setattr(quantizers.importlib.util, "find_spec", lambda name: object())

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from peftcheck.case import LayerSpec
 
+ROTARY_BASE = 10000.0
+"""The base of the frequencies of rotary positions, as the models under test have it."""
+
 
 def shape(spec: LayerSpec, batch: tuple[int, ...]) -> tuple[int, ...]:
     """Return the shape of the input: (batch, sequence, features), or (sequence, batch, features), or without a batch."""
@@ -50,8 +53,21 @@ def hidden(spec: LayerSpec) -> Tensor | None:
     return torch.ones(lengths(spec), dtype=torch.bool).triu(1) if spec.causal else None
 
 
+def _in_place(spec: LayerSpec, x: Tensor) -> dict[str, Any]:
+    """Return what a Llama tells its attention besides the input (batch, length, features): positions from 0 on, the mask."""
+    length, width = x.shape[-2], spec.n_in // spec.heads
+    frequencies = 1.0 / ROTARY_BASE ** (torch.arange(0, width, 2, dtype=torch.float32) / width)
+    angles = torch.arange(length, dtype=torch.float32).unsqueeze(-1) * frequencies.to(x.dtype).float()
+    angles = torch.cat((angles, angles), -1).unsqueeze(0)
+    unseen = torch.full((length, length), torch.finfo(x.dtype).min, dtype=x.dtype).triu(1)
+    turned = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    return {"position_embeddings": turned, "attention_mask": unseen[None, None] if spec.causal else None}
+
+
 def run(spec: LayerSpec, module: nn.Module, x: Tensor) -> Any:
     """Return the output of a layer of any kind on the tensor that a case gives it."""
+    if spec.kind == "attention.llama":
+        return module(hidden_states=x, **_in_place(spec, x))[0]
     if spec.kind != "mha":
         return module(x)
     return module(*parts(spec, x), attn_mask=hidden(spec))[0]

@@ -32,6 +32,8 @@ LAYERS = (
 MODELS = ("model.llama", "model.bert", "model.gpt2", "model.vit", "model.resnet")
 SUBJECTS = (*LAYERS, *MODELS)
 """What the layer of a sweep may be."""
+PARTS = ("attention.llama",)
+"""What else is adapted in whole models: modules that hold layers. A case whose setting `part` names one has them too."""
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,8 @@ class LayerSpec:
     extent. `scale` is the factor of a scaled embedding. `tied` names the layer whose weight this one shares.
     `depth` is the number of matrices of a stacked parameter (0: a plain matrix). An attention layer has `heads`; its
     `size` is the length of what it attends to itself, or those of the query and of what that attends to; `causal`: no
-    position sees a later one. `max_norm`: an embedding shortens what it looks up to so many times its own longest row,
-    more than once, so that none of its own is.
+    position sees a later one; a Llama's has `groups` heads of keys and values. `max_norm`: an embedding shortens what it
+    looks up to so many times its own longest row, more than once, so that none of its own is.
     """
 
     name: str

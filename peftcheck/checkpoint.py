@@ -161,11 +161,16 @@ def reloaded(stage: Stage, adapters: Sequence[str]) -> Attached:
 
 
 def outputs(stage: Stage, attached: Attached) -> tuple[Tensor, ...] | None:
-    """Return the model's outputs on the case's inputs, or None where the library cannot run it.
+    """Return the output of every layer of the case in a run of a model, or None where the library cannot run it.
 
     That it cannot is the matter of other laws.
     """
-    return tolerant(stage, lambda: attached.forward([stage.inputs[spec.name] for spec in stage.case.layers]))
+
+    def run() -> list[Tensor]:
+        seen = stage.run(attached)
+        return [seen[spec.name].y for spec in stage.case.layers]
+
+    return tolerant(stage, run)
 
 
 def tolerant(stage: Stage, run: Callable[[], Sequence[Tensor]]) -> tuple[Tensor, ...] | None:

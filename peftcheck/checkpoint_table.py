@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import replace
 
 from peftcheck import checkpoint, engine, generator, refusal
-from peftcheck.case import CONVOLUTIONS, AdapterSpec, Case, LayerSpec, Sweep
+from peftcheck.case import CONVOLUTIONS, LAYERS, AdapterSpec, Case, LayerSpec, Sweep
 from peftcheck.implementation import Claim, Implementation, Op, Variant, stored
 from peftcheck.record import Table
 from peftcheck.staging import set_up
@@ -36,8 +36,14 @@ def table(implementation: Implementation, names: Collection[str]) -> Table | Non
 
 
 def specimens(implementation: Implementation, name: str, variant: Variant) -> Iterator[Case]:
-    """Yield a case on four equal layers for each set of tensors that the variant's options let a checkpoint hold."""
-    kind = "linear" if "linear" in variant.layers else min(variant.layers, default="linear")
+    """Yield a case on four equal layers for each set of tensors that the variant's options let a checkpoint hold.
+
+    None of a method of whole models.
+    """
+    alone = variant.layers & frozenset(LAYERS)
+    if variant.layers and not alone:
+        return
+    kind = "linear" if "linear" in alone else min(alone, default="linear")
     layers = tuple(variant.admit(_layer(site, kind, variant)) for site in _NAMES)
     seen = set()
     for index in range(_DRAWS):

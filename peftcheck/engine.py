@@ -184,7 +184,7 @@ def applies(law: Law, stage: Stage) -> bool:
     """
     if (law.group == "quantize") != (stage.case.sweep.quantizer is not None) or not law.sweeps(stage.case.sweep):
         return False
-    if law.on == ("layers" if stage.case.whole else "models"):
+    if not law.asks(stage.variant, stage.case.sweep.layer):
         return False
     if not all(stage.claims(op) is Claim.YES for op in law.needs):
         return False

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from peftcheck import transformer_models
-from peftcheck.case import AdapterSpec, Case, LayerSpec, Poison, Sweep
+from peftcheck.case import PARTS, AdapterSpec, Case, LayerSpec, Poison, Sweep
 from peftcheck.implementation import Variant
 from peftcheck.targets import LINEAR, SPELLINGS
 
@@ -27,12 +27,14 @@ def model_case(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
         settings["bias"] = variant.bias
     if variant.by_name and "tied" in settings:
         settings["tied"] = False
+    if parts := [part for part in PARTS if part in variant.layers]:
+        settings["part"] = parts[0]
     layers = transformer_models.layers(sweep.layer, settings)
     spelling = rng.choice(SPELLINGS)
     if variant.by_name and spelling == "all-linear":
         spelling = "names"
     head = next(spec for spec in layers if spec.name == blueprint.head)
-    settings["save_head"] = head.tied is None and rng.random() < 0.35
+    settings["save_head"] = head.tied is None and rng.random() < 0.35 and not parts
     adapters = _adapters(rng, variant, layers, blueprint, settings, spelling)
     profiles = [p for p in _PROFILES if p not in variant.avoids and (len(adapters) > 1 or p != "duplicated")]
     return Case(
@@ -81,6 +83,8 @@ def _targets(rng, variant: Variant, layers: Sequence[LayerSpec], blueprint, sett
         for i, spec in enumerate(layers)
         if spec.kind in variant.layers and spec.tied is None and variant.admit(spec) == spec
     ]
+    if settings.get("part"):
+        return tuple(able) or (0,)  # `fit` knows which of them the method takes
     able = [i for i in able if not (settings["save_head"] and layers[i].name == blueprint.head)]
     linear = [i for i in able if layers[i].kind in LINEAR]
     if blueprint.task == "CAUSAL_LM":

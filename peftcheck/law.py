@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
 
-from peftcheck.case import Case, Sweep
+from peftcheck.case import LAYERS, MODELS, Case, Sweep
 from peftcheck.implementation import Op, Promise, Variant
 from peftcheck.measurement import Measurement
 from peftcheck.stage import Stage
@@ -39,7 +39,8 @@ class Law:
     `sweeps` tells on which sweeps (layers, dtypes) it has cells at all. `refuses` names the operation whose refusal a law
     of group `refuse` judges. `kinds`: the law runs once for each combination kind of the variant (all, or those
     of which it says anything).
-    `on`: whether it is asked of layers alone, of whole models, or of both.
+    `on`: whether it is asked of layers alone, of whole models, or of both; 'methods': of whole models too, where a
+    method adapts no layer alone.
     `cases` tells, before anything is built, which cases can say anything about the law: building costs more than asking.
     `exact`: whether it says anything in the exact regime.
     `logic`: a verdict hangs on logic rather than on rounding, so that fewer cases and dtypes say as much.
@@ -55,10 +56,16 @@ class Law:
     kinds: bool | Callable[[str, Promise], bool] = False
     sweeps: Callable[[Sweep], bool] = _everywhere
     refuses: Op = Op.MERGE
-    on: str = "layers"  # "layers", "models" or "both"
+    on: str = "layers"  # "layers", "models", "both" or "methods"
     cases: Callable[[Variant, Case], bool] = _every_case
     exact: bool = True
     logic: bool = False
+
+    def asks(self, variant: Variant, layer: str) -> bool:
+        """Return whether the law is asked of a variant on a layer kind, or on a whole model."""
+        if layer not in MODELS:
+            return self.on != "models"
+        return self.on != "layers" and (self.on != "methods" or not variant.layers & frozenset(LAYERS))
 
     def of_kind(self, kind: str, promise: Promise) -> bool:
         """Return whether the law says anything of a combination kind."""

@@ -31,13 +31,14 @@ def recorded(
     handles = []
     for name, layer in layers.items():
         # a library's own hooks may change the input before and the output after: look before the first, after the last
-        def arrives(module: nn.Module, args: tuple, name: str = name) -> None:
-            seen[name] = Record(known.get(name, args[0]).detach().clone(), args[0])
+        def arrives(module: nn.Module, args: tuple, named: dict[str, Any], name: str = name) -> None:
+            first = next(iter((*args, *named.values())))
+            seen[name] = Record(known.get(name, first).detach().clone(), first)
 
         def leaves(module: nn.Module, args: tuple, output: Any, name: str = name) -> None:
             seen[name].y = (output[0] if isinstance(output, tuple) else output).detach().clone()
 
-        handles.append(layer.register_forward_pre_hook(arrives, prepend=True))
+        handles.append(layer.register_forward_pre_hook(arrives, prepend=True, with_kwargs=True))
         handles.append(layer.register_forward_hook(leaves))
     try:
         with torch.no_grad():

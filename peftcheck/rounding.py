@@ -143,11 +143,15 @@ def leaf(tensor: Tensor, exact: bool = False) -> Bounded:
 class Arithmetic:
     """The operations of a machine that stores in `store` and accumulates in its accumulator.
 
+    `single` is what parts of a model keep to in any dtype (the softmax of an attention, angles of positions): single
+    precision, unless it is asked what they compute in exact arithmetic.
+
     Each method returns the fp64 value of the operation and a bound for its result as that machine computes it
     from operands that are themselves within their bounds.
     """
 
     store: Precision
+    single: Precision = _PRECISIONS[torch.float32]
 
     def _stored(self, value: Tensor, error: Tensor | None, terms: Tensor, n: int, quantum: float | None) -> Bounded:
         """Round a result to storage: `terms` bounds its sum of absolute products, `n` counts its additions."""

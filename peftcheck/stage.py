@@ -17,7 +17,7 @@ from torch import Tensor
 
 from peftcheck import attention, budgets, values
 from peftcheck.architecture import Architecture
-from peftcheck.case import EMBEDDINGS, Case, LayerSpec
+from peftcheck.case import EMBEDDINGS, PARTS, Case, LayerSpec
 from peftcheck.implementation import Attached, Claim, Implementation, Op, Variant
 from peftcheck.oracle import Base, Formula, Machine, Site
 from peftcheck.recording import Record, recorded
@@ -105,7 +105,7 @@ class Stage:
 
     def base(self, name: str) -> Base:
         """Return the tensors of a layer as the base holds them at the start of a law."""
-        prefix, nested = name + ".", self.spec(name).kind == "mha"  # whose output projection is a layer within
+        prefix, nested = name + ".", self.spec(name).kind in ("mha", *PARTS)  # which hold layers
         return {
             key[len(prefix) :]: self._leaf(key, tensor)
             for key, tensor in (self.dense or self.start).items()
@@ -291,13 +291,14 @@ class Stage:
             for adapter in self.case.adapters
         )
 
-    def run(self) -> dict[str, Record]:
-        """Run the model as it stands now; return input and output of every layer of the case."""
+    def run(self, other: Attached | None = None) -> dict[str, Record]:
+        """Run the model as it stands now, or another of the same case; return input and output of the case's layers."""
+        attached = other or self.attached
         if self.case.whole:
-            layers = {spec.name: self.attached.layer(spec.name) for spec in self.case.layers}
-            return recorded(layers, lambda: self.attached.forward(self.arguments))
+            layers = {spec.name: attached.layer(spec.name) for spec in self.case.layers}
+            return recorded(layers, lambda: attached.forward(self.arguments))
         with torch.no_grad():
-            outputs = self.attached.forward(self.arguments)
+            outputs = attached.forward(self.arguments)
         return {spec.name: Record(self.inputs[spec.name], y) for spec, y in zip(self.case.layers, outputs, strict=True)}
 
     def call(self, name: str, x: Tensor) -> Tensor:

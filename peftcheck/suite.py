@@ -120,7 +120,7 @@ def _of_law(law: Law, variant: Variant, sweep: Sweep) -> Iterable[Cell]:
         variant.quantizers[sweep.quantizer] is not Claim.YES
     ):
         return ()
-    if law.on == ("layers" if sweep.layer in MODELS else "models"):
+    if not law.asks(variant, sweep.layer):
         return ()
     if law.kinds and sweep.layer in UNCOMBINED:
         return ()

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from peftcheck import models, values
 from peftcheck.case import EMBEDDINGS
-from peftcheck.oracle import Site, machine
-from peftcheck.rounding import DTYPES, Bounded, leaf, precision
+from peftcheck.oracle import Machine, Site
+from peftcheck.rounding import DTYPES, EXACT_FP64, Arithmetic, Bounded, leaf, precision
 from peftcheck.stage import Stage
 
 # Gradients of a base near the ends of its dtype's range overflow or vanish by themselves; a cancelling base is
@@ -57,7 +57,12 @@ def stored(stage: Stage, tensor: Bounded, dtype: torch.dtype) -> Bounded:
 
 
 def feeds(stage: Stage, rows: int = 8) -> dict[str, Tensor]:
-    """Return random inputs for training, `rows` of them per layer, whatever the case's profile and batch."""
+    """Return random inputs for training, `rows` of them per layer, whatever the case's profile and batch.
+
+    Of a whole model: what each layer is given in the pristine one, which takes the case's own arguments.
+    """
+    if stage.case.whole:
+        return dict(stage.inputs)
     found = models.inputs(replace(stage.case, batch=(rows,), profile="normal"))
     for spec in stage.case.layers:
         if spec.kind in EMBEDDINGS:  # a padding row has no gradient: look up the others too
@@ -86,16 +91,24 @@ def backward(stage: Stage, data: Mapping[str, Tensor]) -> bool:
     """
     for tensor in parameters(stage).values():
         tensor.grad = None
-    outputs = stage.attached.forward([data[spec.name] for spec in stage.case.layers])
     loss = torch.zeros((), dtype=torch.float64)
-    for spec, output in zip(stage.case.layers, outputs, strict=True):
+    for name, output in _outputs(stage, data).items():
         if output.requires_grad:
-            weights = values.normal(f"{stage.case.values}|target|{spec.name}", tuple(output.shape))
+            weights = values.normal(f"{stage.case.values}|target|{name}", tuple(output.shape))
             loss = loss + (output.double() * weights).sum()
     if not loss.requires_grad:
         return False
     loss.backward()
     return True
+
+
+def _outputs(stage: Stage, data: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the outputs of the layers on their inputs, by name, or the tensors that a whole model returns on its own."""
+    if not stage.case.whole:
+        outputs = stage.attached.forward([data[spec.name] for spec in stage.case.layers])
+        return {spec.name: output for spec, output in zip(stage.case.layers, outputs, strict=True)}
+    returned = stage.attached.forward(stage.arguments)
+    return {name: output for name, output in returned.items() if isinstance(output, Tensor)}
 
 
 def descend(stage: Stage) -> None:
@@ -116,7 +129,8 @@ def matters(stage: Stage, index: int, name: str, role: str, data: Mapping[str, T
     spec = stage.spec(name)
     if spec.padding_idx is not None and spec.n_in == 1:
         return False  # the only row is the padding, which torch gives no gradient
-    exact = machine(torch.float64, torch.float64, False)
+    ideal = Arithmetic(EXACT_FP64, EXACT_FP64)
+    exact = Machine(ideal, ideal, False)
     sites, base = [], stage.base(name)
     for other in stage.adapters_on(name):
         sites.append(stage.site_of(other, name, _generic(stage, other, name)))

@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 
 from peftcheck import values
-from peftcheck.case import EMBEDDINGS, Case, LayerSpec
+from peftcheck.case import EMBEDDINGS, PARTS, Case, LayerSpec
 from peftcheck.errors import UsageError
 from peftcheck.rounding import DTYPES
 
 Settings = Mapping[str, Any]
-_VOCABULARY, _POSITIONS, _LABELS, _IMAGE, _HEADS = 32, 16, 3, 8, 2
+_VOCABULARY, _POSITIONS, _LABELS, _IMAGE, _HEADS, _KEY_HEADS = 32, 16, 3, 8, 2, 1
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,9 @@ def _llama(s: Settings) -> Iterator[LayerSpec]:
         for name, n_in, n_out in (("gate", n, 2 * n), ("up", n, 2 * n), ("down", 2 * n, n)):
             yield _linear(f"{at}.mlp.{name}_proj", n_in, n_out, bias)
     yield _linear("lm_head", n, _VOCABULARY, False, "model.embed_tokens" if s["tied"] else None)
+    for block in range(s["blocks"] if s.get("part") == "attention.llama" else 0):
+        name = f"model.layers.{block}.self_attn"
+        yield LayerSpec(name, "attention.llama", n, n, bias, groups=_KEY_HEADS, heads=_HEADS, causal=True)
 
 
 def _llama_arguments(s: Settings) -> dict[str, Any]:
@@ -73,7 +76,7 @@ def _llama_arguments(s: Settings) -> dict[str, Any]:
         "intermediate_size": 2 * s["hidden"],
         "num_hidden_layers": s["blocks"],
         "num_attention_heads": _HEADS,
-        "num_key_value_heads": 1,
+        "num_key_value_heads": _KEY_HEADS,
         "max_position_embeddings": _POSITIONS,
         "attention_bias": s["bias"],
         "mlp_bias": s["bias"],
@@ -308,20 +311,25 @@ BLUEPRINTS: Mapping[str, Blueprint] = {
 def settings(case: Case) -> dict[str, Any]:
     """Return the settings of a case's model: its own, and the first choice of each that it does not name."""
     choices = BLUEPRINTS[case.sweep.layer].settings
-    return {name: case.setting(name, options[0]) for name, options in choices.items()}
+    chosen = {name: case.setting(name, options[0]) for name, options in choices.items()}
+    return {**chosen, "part": case.setting("part")}
 
 
 def layers(kind: str, chosen: Settings) -> tuple[LayerSpec, ...]:
-    """Return the layers of a model that are of a kind which is checked alone, in the model's order."""
+    """Return the layers of a model that are of a kind which is checked alone, in the model's order, then its parts.
+
+    Parts are modules that hold layers; there are those of the kind that the setting `part` names.
+    """
     return tuple(BLUEPRINTS[kind].layers(chosen))
 
 
 def kinds(kind: str) -> frozenset[str]:
-    """Return the layer kinds that users adapt in a model."""
+    """Return the layer kinds that users adapt in a model, and those of its parts that methods do."""
     blueprint = BLUEPRINTS[kind]
     chosen = {name: options[0] for name, options in blueprint.settings.items()}
+    parts = {spec.kind for part in PARTS for spec in layers(kind, {**chosen, "part": part}) if spec.kind == part}
     ends = tuple(f".{end}" for group in blueprint.groups for end in group)
-    return frozenset(spec.kind for spec in layers(kind, chosen) if spec.name.endswith(ends))
+    return frozenset(spec.kind for spec in layers(kind, chosen) if spec.name.endswith(ends)) | parts
 
 
 def having(accepted: frozenset[str]) -> frozenset[str]:

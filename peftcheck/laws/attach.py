@@ -46,6 +46,7 @@ def dotted(stage: Stage) -> str:
     structural=True,
     concerns=lambda variant: variant.most_adapters > 1,
     sweeps=lambda sweep: sweep.dtype == "float32",
+    on="methods",
 )
 def names(stage: Stage) -> Measurement | None:
     """Add an adapter like the first under such a name, and look at base, adapters and bookkeeping."""

@@ -36,6 +36,7 @@ def oracle(stage: Stage) -> Measurement | None:
     "PEFT's LoRA on parameters wraps another adapter's factors where a module bears that adapter's name",
     structural=True,
     logic=True,
+    on="methods",
 )
 def targets(stage: Stage) -> Measurement | None:
     """Compare the layers that hold an adapter's tensors with those that it targets."""

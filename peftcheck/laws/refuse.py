@@ -84,6 +84,7 @@ def attach(stage: Stage) -> Measurement | None:
     (),
     "BEFT and LoRA with bias cannot merge into a layer without bias; LoRA merges no grouped convolution",
     structural=True,
+    on="methods",
 )
 def merge(stage: Stage) -> Measurement | None:
     """Merge, safely and not, where the library declares that it does not."""
@@ -102,6 +103,7 @@ def merge(stage: Stage) -> Measurement | None:
     (Op.UNLOAD,),
     "BEFT merged into a layer without bias left another architecture behind",
     structural=True,
+    on="methods",
 )
 def unload(stage: Stage) -> Measurement | None:
     """Let the library refuse a merge, then unload and compare with the base."""
@@ -129,6 +131,7 @@ def unload(stage: Stage) -> Measurement | None:
     "a model that takes the names and then runs every row through the active adapters",
     structural=True,
     refuses=Op.MIXED_BATCH,
+    on="methods",
 )
 def mixed_batch(stage: Stage) -> Measurement | None:
     """Give a name per row where the library declares no mixed batches."""
@@ -137,8 +140,7 @@ def mixed_batch(stage: Stage) -> Measurement | None:
     if not forward_holds(stage):
         return NOTHING
     rows = (stage.names[0], stage.names[-1])
-    given = models.inputs(replace(stage.case, batch=(len(rows), *stage.case.batch[1:])))
-    call = [given[spec.name] for spec in stage.case.layers]
+    call = models.arguments(replace(stage.case, batch=(len(rows), *stage.case.batch[1:])))
     with torch.no_grad():
         return _judge(stage, "mixed batch", lambda: stage.attached.forward(call, rows))
 

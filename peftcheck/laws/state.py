@@ -122,6 +122,7 @@ def told_apart(stage: Stage, found: Measurement) -> Measurement:
     "VeRA's second adapter, saved and loaded alone, came back with other projections than those it was trained with",
     structural=True,
     logic=True,
+    on="methods",
 )
 def save_load(stage: Stage) -> Measurement | None:
     """Save all adapters; load all into a pristine model, the last one alone, and the first beside itself.
@@ -251,6 +252,7 @@ def reload_merge(stage: Stage) -> Measurement | None:
     "RandLoRA with save_projection writes its shared projection once per layer: 42 GB for a 4-billion-parameter model",
     structural=True,
     logic=True,
+    on="methods",
 )
 def checkpoint_size(stage: Stage) -> Measurement | None:
     """Weigh what was written for each adapter.

@@ -26,6 +26,7 @@ Tensors = dict[tuple[str, str], Tensor]
     "an adapter deleted by a name that is a prefix of another's; containers of the model that kept what its layers let go",
     structural=True,
     logic=True,
+    on="methods",
 )
 def delete(stage: Stage) -> Measurement | None:
     """Delete one adapter, active or not as the case says; compare; then add it anew, with the values that it had.

@@ -31,6 +31,7 @@ def drops(stage: Stage) -> float:
     structural=True,
     concerns=lambda variant: not variant.starts or variant.starts_when is not None,
     logic=True,
+    on="methods",
 )
 def identity_at_init(stage: Stage) -> Measurement | None:
     """Give every tensor back its fresh value and compare the adapted outputs with the pristine ones.
@@ -45,13 +46,9 @@ def identity_at_init(stage: Stage) -> Measurement | None:
     if not forward_holds(stage):
         return NOTHING
     start_fresh(stage)
-    found = []
-    with torch.no_grad():
-        outputs = stage.attached.forward([stage.inputs[spec.name] for spec in stage.case.layers])
-    for spec, output in zip(stage.case.layers, outputs, strict=True):
-        if spec.name not in stage.targeted:
-            continue
-        base, x = stage.base(spec.name), stage.activation(spec.name, stage.inputs[spec.name])
+    found, seen = [], stage.run()
+    for spec in (stage.spec(name) for name in stage.targeted):
+        base, x = stage.base(spec.name), stage.activation(spec.name, seen[spec.name].x)
         if stage.variant.rewrites_base:
             base = {key: stored(stage, t, stage.start[f"{spec.name}.{key}"].dtype) for key, t in base.items()}
         plain = layer_output(
@@ -59,7 +56,9 @@ def identity_at_init(stage: Stage) -> Measurement | None:
         )
         if stage.sound(plain):
             budget = plain.bound + _start_bound(stage, spec.name, base, x, plain)
-            found.append(compare(f"{spec.name}:output", output, stage.pristine_outputs[spec.name], budget))
+            # in a whole model the input itself may have moved by what the layers before have
+            due = plain.value if stage.case.whole else stage.pristine_outputs[spec.name]
+            found.append(compare(f"{spec.name}:output", seen[spec.name].y, due, budget))
     return worst(found) if found else None
 
 
@@ -90,6 +89,7 @@ def _start_bound(stage: Stage, name: str, base: Base, x: Bounded, plain: Bounded
     "(IA)^3 gates that a detach or a saddle of two zeros kept from ever moving",
     structural=True,
     logic=True,
+    on="methods",
 )
 def live_gradients(stage: Stage) -> Measurement | None:
     """Train the fresh adapters for three steps and look for tensors that no gradient reached.
@@ -153,6 +153,7 @@ def _missed(site: str, role: str) -> Measurement:
     "an embedding unfrozen by the first adapter stays so; a weight tied to a trained head moves with it",
     structural=True,
     logic=True,
+    on="methods",
 )
 def base_frozen(stage: Stage) -> Measurement | None:
     """Activate the first adapter alone, take two steps over all that requires a gradient, and compare bit for bit."""

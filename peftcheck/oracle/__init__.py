@@ -20,6 +20,7 @@ from peftcheck.oracle import (
     parameters,
     products,
     projections,
+    prompted,
     random_bases,
     reconstructed,
     replaced,
@@ -62,6 +63,7 @@ _MODULES = (
     clustered,
     routed,
     experts,
+    prompted,
     mixed,
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}

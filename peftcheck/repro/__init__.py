@@ -180,8 +180,9 @@ def _borrowed(case: Case, key: str) -> bool:
 def _matters(case: Case, key: str, body: Sequence[str]) -> bool:
     """Return whether the script has to write a tensor: of a whole model, those of the layers it adapts or looks at."""
     layer = key.rpartition(".")[0]
-    targeted = (case.layers[target].name for adapter in case.adapters for target in adapter.targets)
-    return not case.whole or layer in targeted or any(text(layer) in line for line in body)
+    targeted = {case.layers[target].name for adapter in case.adapters for target in adapter.targets}
+    within = any(f"{layer}.".startswith(f"{name}.") for name in targeted)  # a part holds layers
+    return not case.whole or within or any(text(layer) in line for line in body)
 
 
 def _replay(implementation: Implementation, case: Case, law: Law) -> str:

@@ -90,7 +90,7 @@ OWN = {
 }
 """Fields of one method: why no variant sets them."""
 
-WHOLE = {"ADAPTION_PROMPT", "SHADOW", "XLORA"}
+WHOLE = {"SHADOW", "XLORA"}
 """Methods without a variant: test_methods.py says why, test_whole_methods.py sets their options. No variant sets a field."""
 
 IGNORED = {

@@ -26,7 +26,6 @@ PROMPTS = {
 """Methods that adapt no layer: they change what the model reads, and there is nothing to merge."""
 
 WHOLE_MODELS = {
-    "ADAPTION_PROMPT": "learned prompts inside the attention modules of three named architectures",
     "XLORA": "a classifier over a whole model's hidden states, which weighs saved LoRA adapters",
     "SHADOW": "a second network beside the decoder blocks of a whole model",
 }

@@ -1,7 +1,8 @@
 """Methods of PEFT's that adapt no single layer, on a whole Llama in double precision: what each promises, against closed forms.
 
-They have no cells: what they change is an attention, a decoder block, or the weights of experts by the hidden state of the
-whole model, none of which is a layer kind here. A test whose name says 'known issue' holds as long as PEFT has that issue.
+What they change is an attention (which cells judge too), a decoder block, or the weights of experts by the hidden state of
+the whole model, which have no cells: none is a layer kind here. A test whose name says 'known issue' holds as long as PEFT
+has that issue.
 """
 
 from __future__ import annotations

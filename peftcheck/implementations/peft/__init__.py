@@ -73,7 +73,7 @@ class Peft:
                 method.after(model, given, adapter.name, case)
                 method.tells(model, given, adapter.name, case)
 
-            attached = PeftAttached(
+            attached = method.port(
                 wrapped, names, method.roles, add, autocast, quantizer, method.run, case.whole, method.own
             )
             for adapter in others:
@@ -107,7 +107,7 @@ class Peft:
             wrapped = PeftModel.from_pretrained(
                 model, str(folders[first]), adapter_name=first, autocast_adapter_dtype=autocast
             )
-            attached = PeftAttached(
+            attached = method.port(
                 wrapped, names, method.roles, add, autocast, None, method.run, case.whole, method.own
             )
             for name in others:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
+from peftcheck.implementations.peft.attached import PeftAttached
 
 MERGES = frozenset({Op.MERGE, Op.SAFE_MERGE, Op.UNMERGE, Op.EXPORT, Op.DELTA})
 
@@ -46,7 +47,8 @@ class Method:
     `attach` makes PEFT's model of the user's with the first adapter, where `get_peft_model` alone does not; `own` yields
     a layer's tensors of an adapter as (role, tensor), where they are not all kept under the adapter's name; `scripted`
     returns the imports and the lines with which a script does what `attach` does; `finished(case, adapter)` the name that
-    a script imports from PEFT, and the line with which it does what `after` does, to tensors that it then writes.
+    a script imports from PEFT, and the line with which it does what `after` does, to tensors that it then writes; `port`
+    puts PEFT's model behind the port, where it is made of other wrappers than layers'.
     """
 
     variant: Variant
@@ -62,6 +64,7 @@ class Method:
     scripted: Callable[[Any, AdapterSpec], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
     finished: Callable[[Case, AdapterSpec], tuple[str, str]] | None = None
     own: Callable[[BaseTunerLayer, str], Iterator[tuple[str, Tensor]]] | None = None
+    port: Callable[..., PeftAttached] = PeftAttached
 
 
 def no_delta(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:

@@ -36,6 +36,8 @@ def as_users_write(config: Any, case: Case, adapter: AdapterSpec) -> Any:
     """
     if not case.whole:
         return config
+    if case.setting("part"):  # of which the method itself knows where they are
+        return dataclasses.replace(config, task_type=BLUEPRINTS[case.sweep.layer].task)
     fields = {field.name for field in dataclasses.fields(config) if field.init}
     targets = spelled(case, adapter)
     if targets.blocks and not {"layers_to_transform", "layers_pattern"} <= fields:

@@ -52,6 +52,7 @@ _FAMILIES = (
     "adamss",
     "lily",
     "poly",
+    "adaption_prompt",
     "mixed",
 )
 

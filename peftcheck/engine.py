@@ -34,16 +34,13 @@ Watch = Callable[[Case, str], contextlib.AbstractContextManager[None]]
 def pinned() -> Iterator[None]:
     """Pin what numerics depend on (threads, precision, determinism, dtype, random state); put all of it back."""
     threads, matmul, dtype = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_default_dtype()
-    deterministic, warn_only = (
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
+    deterministic = torch.get_deterministic_debug_mode()
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.set_num_threads(1)
         torch.set_float32_matmul_precision("highest")
         torch.set_default_dtype(torch.float32)
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.set_deterministic_debug_mode("warn")  # as `use_deterministic_algorithms`, which imports the compiler too
         torch.set_flush_denormal(False)
         try:
             yield
@@ -51,7 +48,7 @@ def pinned() -> Iterator[None]:
             torch.set_num_threads(threads)
             torch.set_float32_matmul_precision(matmul)
             torch.set_default_dtype(dtype)
-            torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+            torch.set_deterministic_debug_mode(deterministic)
 
 
 @contextlib.contextmanager

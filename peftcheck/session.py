@@ -9,9 +9,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from peftcheck import engine, ledger, selection, suite
 from peftcheck import implementation as port
 from peftcheck import law as registry
-from peftcheck import ledger, selection, suite
 from peftcheck.calibration import calibrate
 from peftcheck.case import Sweep
 from peftcheck.errors import HarnessError, UsageError
@@ -166,7 +166,8 @@ class Session:
 
     def _walk(self, cells: Sequence[Cell]) -> None:
         if not self.calibration:
-            self.calibration = calibrate()
+            with engine.pinned():
+                self.calibration = calibrate()
         watchdog = Watchdog(self._journal, f"{cells[0].sweep}-{cells[0].kind}", self.settings.watchdog)
         if watchdog.crashed:
             self._crashed.add(cells[0].sweep)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from peftcheck import calibration, engine
+from peftcheck import calibration, engine, session
 from peftcheck.calibration import KERNELS, calibrate
 from peftcheck.errors import HarnessError
 from peftcheck.rounding import DTYPES
+from peftcheck.suite import Filters
 
 HALF = (torch.bfloat16, torch.float16)
 
@@ -29,6 +30,20 @@ def test_this_machine_is_as_the_budgets_assume():
     # half precision rounds to store: a judge that saw nothing of that would not be one
     assert min(found["accumulation"]["linear"][dtype] for dtype in ("bfloat16", "float16")) > 0.25
     assert min(found["elementwise"].values()) > 0.5
+
+
+def test_a_run_calibrates_under_the_pins_that_it_judges_under(monkeypatch):
+    seen = []
+    monkeypatch.setattr(session, "calibrate", lambda: {"seen": seen.append(pins())})
+    filters = Filters(law=("merge.oracle",), variant=("lora",), layer=("linear",), dtype=("float32",))
+    one = session.Session(session.Settings("peftcheck.implementations.reference:Reference", filters=filters))
+    assert one.verdict(one.cells[0]).status == "pass"
+    with engine.pinned():
+        assert seen == [pins()]
+
+
+def pins() -> tuple:
+    return torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_deterministic_debug_mode()
 
 
 def test_calibration_is_a_function_of_the_machine_alone():

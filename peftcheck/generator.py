@@ -100,14 +100,15 @@ _HOLD_ROWS = frozenset({"ln_tuning", "trainable_tokens"})
 def _shortening(variant: Variant, layers: tuple[LayerSpec, ...], key: str, profile: str) -> tuple[LayerSpec, ...]:
     """Give some embeddings a max_norm, drawn apart: not where an adapter holds rows itself, which may be longer.
 
-    Nor where the base's rows change after they were measured, or overflow when they are.
+    Nor where the base's rows change after they were measured, or overflow when they are; nor where two layers share them,
+    since each looking up writes to what the other has saved for its gradient.
     """
     if layers[0].kind not in EMBEDDINGS or variant.formula in _HOLD_ROWS or profile in ("cancelling", "huge"):
         return layers
     rng = random.Random(f"{key}|max_norm")
     found = [replace(spec, max_norm=rng.choice([1.25, 1.25, 4.0])) if rng.random() < 0.2 else spec for spec in layers]
-    first = {spec.name: spec.max_norm for spec in found}
-    return tuple(replace(spec, max_norm=first[spec.tied]) if spec.tied else spec for spec in found)
+    shared = {name for spec in layers if spec.tied for name in (spec.name, spec.tied)}
+    return tuple(replace(spec, max_norm=None) if spec.name in shared else spec for spec in found)
 
 
 _QUANTIZED_PROFILES = ("onehot", "large", "small", "graded", "extreme", "duplicated")
@@ -157,7 +158,7 @@ def _quantized_layer(rng: random.Random, variant: Variant, declared, settings, n
     bias = rng.random() < 0.5 if variant.bias is None else variant.bias
     wanted = rng.random() < 0.7 and merges  # a shape that runs forward everywhere
     widest = 128 if not merges else _WIDEST.get(variant.formula, max(declared.widths))
-    widths = [n for n in declared.widths if n <= widest]
+    widths = [n for n in declared.widths if n <= max(widest, settings.get("blocksize", 0))]
     heights = declared.heights if merges else [n for n in declared.heights if n <= 32]
     for _ in range(_TRIES):
         spec = variant.admit(LayerSpec(name, "linear", rng.choice(widths), rng.choice(heights), bias=bias))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from peftcheck import combination as combining
@@ -72,6 +74,15 @@ def _is_sum(stage: Stage, asked: Combination, name: str) -> bool:
     return True
 
 
+def _alike(stage: Stage, names: Sequence[str]) -> bool:
+    """Return whether adapters have tensors of the same shapes where they sit on one layer: a gate has no rank."""
+    shapes: dict[tuple[str, str], set[torch.Size]] = {}
+    for name in names:
+        for key, tensor in stage.start_adapters[name].items():
+            shapes.setdefault(key, set()).add(tensor.shape)
+    return all(len(found) == 1 for found in shapes.values())
+
+
 def _half_made(stage: Stage, into: str, owned) -> bool:
     if owned:
         return False
@@ -95,8 +106,7 @@ def impossible(stage: Stage, asked: Combination, request: str):
     elif request == "no adapter":
         names, weights = [], []
     elif request == "unequal ranks":
-        ranks = {combining.highest_rank(stage.case.adapters[i]) for i in asked.members}
-        if asked.kind.rank != "common" or len(ranks) < 2:
+        if asked.kind.rank != "common" or _alike(stage, names):
             return None
     elif request == "driver":
         if asked.kind.rank != "chosen" or len(names) < 2 or torch.cuda.is_available():

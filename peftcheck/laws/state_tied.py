@@ -124,7 +124,10 @@ def _plain(stage: Stage, pairs: Pairs, after: str) -> Measurement:
 def _computes(stage: Stage, target: str, partner: str) -> Measurement:
     """Return whether the layer without adapter computes with the weight that was merged into, right or wrong."""
     spec, x = stage.spec(partner), stage.inputs[partner]
-    merged = leaf(stage.attached.base_tensors()[f"{target}.weight"], stage.machine.exact)
+    weight, before = stage.attached.base_tensors()[f"{target}.weight"], stage.base(partner)["weight"].value
+    if weight.shape != before.shape:
+        return broken(f"{target}:weight", "shape", f"{tuple(weight.shape)} after merging, was {tuple(before.shape)}")
+    merged = leaf(weight, stage.machine.exact)
     due = layer_output(
         stage.machine.base, spec, {**stage.base(partner), "weight": merged}, stage.activation(partner, x)
     )

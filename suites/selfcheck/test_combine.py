@@ -244,6 +244,18 @@ def test_what_is_asked_for_once_is_made_once():
         assert tuple(stage.attached.adapters()) == tuple(stage.names)  # and the stage is as it was
 
 
+@pytest.mark.parametrize("variant, asked", [("lora", True), ("ia3", False)])
+def test_unequal_ranks_are_a_request_of_those_that_have_ranks(variant: str, asked: bool) -> None:
+    """A gate has none: that its adapters combine, whatever rank their specification carries, is right."""
+    peft = pytest.importorskip("peftcheck.implementations.peft").Peft()
+    case = the_case("linear", (1.0, 1.0), ranks=(2, 1), request="unequal ranks")
+    case = replace(case, sweep=replace(case.sweep, variant=variant))
+    if variant == "ia3":
+        case = replace(case, adapters=tuple(replace(a, options=(("feedforward", False),)) for a in case.adapters))
+    outcome = check(peft, case, "combine.refuses")
+    assert (outcome.status != SKIP) is asked, outcome
+
+
 def test_a_request_that_the_library_crashes_on_is_put_once_and_crashes_for_all_who_ask(monkeypatch):
     case, calls = the_case("cat", (1.0, -1.0)), []
 

@@ -270,3 +270,12 @@ def test_some_embeddings_have_a_max_norm_which_moves_nothing_else():
         spec.max_norm is None for case in cases if case.profile in ("cancelling", "huge") for spec in case.layers
     )
     assert not any(spec.max_norm for index in range(40) for spec in draw("linear", index).layers)
+
+
+def test_embeddings_that_share_a_weight_have_no_max_norm():
+    """Each lookup would write to what the other has saved for its gradient: torch refuses the backward pass."""
+    shared = [case for case in (draw("embedding", index) for index in range(200)) if any(s.tied for s in case.layers)]
+    assert len(shared) > 5
+    for case in shared:
+        ends = {name for spec in case.layers if spec.tied for name in (spec.name, spec.tied)}
+        assert all(spec.max_norm is None for spec in case.layers if spec.name in ends)

@@ -44,9 +44,15 @@ class Sizes:
         return self.values + self.container + self.extra
 
 
-def sizes(folder: Path) -> Sizes:
+def folders(folder: Path, adapter: str, adapters: Sequence[str]) -> list[Path]:
+    """Return the folders with an adapter's files after all were saved; the first one's are those of no adapter, too."""
+    unnamed = [path for path in sorted(folder.iterdir()) if path.is_dir() and path.name not in adapters]
+    return [stored(folder, adapter), *(unnamed if adapter == adapters[0] else ())]
+
+
+def sizes(*folders: Path) -> Sizes:
     """Return what the files of one adapter weigh; folders within are those of other adapters."""
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    files = [path for folder in folders for path in sorted(folder.iterdir()) if path.is_file()]
     described = sum(path.stat().st_size for path in files if path.suffix in DESCRIPTIONS)
     values = container = written = 0
     for path in files:

@@ -27,7 +27,7 @@ def model_case(variant: Variant, sweep: Sweep, seed: int, index: int) -> Case:
         settings["bias"] = variant.bias
     if variant.by_name and "tied" in settings:
         settings["tied"] = False
-    if parts := [part for part in PARTS if part in variant.layers]:
+    if parts := [part for part in PARTS if part in variant.within]:
         settings["part"] = parts[0]
     layers = transformer_models.layers(sweep.layer, settings)
     spelling = rng.choice(SPELLINGS)
@@ -81,7 +81,7 @@ def _targets(rng, variant: Variant, layers: Sequence[LayerSpec], blueprint, sett
     able = [
         i
         for i, spec in enumerate(layers)
-        if spec.kind in variant.layers and spec.tied is None and variant.admit(spec) == spec
+        if spec.kind in variant.layers | variant.within and spec.tied is None and variant.admit(spec) == spec
     ]
     if settings.get("part"):
         return tuple(able) or (0,)  # `fit` knows which of them the method takes

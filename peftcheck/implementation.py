@@ -118,6 +118,7 @@ class Variant:
     `batches`: the leading shapes of the inputs that a layer alone is given, where the method does not take any (empty: any).
     `by_name`: of a whole model it is asked for layers by their names alone, none of which another is tied to: the library
     has rules of its own for the rest.
+    `within`: layer kinds, or parts, that the method adapts in the whole models among `layers`, and never alone.
     `like`: the variant whose code this one runs but for what is read of the options once: not every quick run asks both.
     """
 
@@ -149,6 +150,7 @@ class Variant:
     keeps: Callable[[AdapterSpec], frozenset[str]] = _trainables_only
     batches: tuple[tuple[int, ...], ...] = ()
     by_name: bool = False
+    within: frozenset[str] = frozenset()
     like: str = ""
     source: str = ""
 

@@ -40,7 +40,7 @@ NEEDS: dict[str, tuple[Op, ...]] = {
     "delete": (Op.DELETE,),
     "add": (Op.DELETE, Op.ADD),
     "save": (Op.SAVE, Op.LOAD, Op.DELETE),
-    "load": (Op.SAVE, Op.LOAD, Op.DELETE),
+    "load": (Op.SAVE, Op.LOAD, Op.DELETE, Op.ADD),
     "train": (Op.FORWARD,),
     "unload": (Op.UNLOAD,),
     "export": (Op.EXPORT,),

@@ -130,7 +130,8 @@ class Stage:
         adapter = self.case.adapters[index].at(self.case.layers.index(self.spec(name)))
         adapter = self.formula.told(self.case, adapter) if self.formula.told else adapter
         own = {role: leaf(tensor, self.machine.exact) for (site, role), tensor in tensors.items() if site == name}
-        return Site(self.spec(name), adapter, own)
+        heard = {role: leaf(self.inputs[layer], self.machine.exact) for role, layer in self.formula.hears.items()}
+        return Site(self.spec(name), adapter, {**own, **heard})
 
     def sites(self, name: str, adapters: Sequence[int] | None = None) -> tuple[Site, ...]:
         """Return the sites on a layer, of all adapters or of those given, in order."""

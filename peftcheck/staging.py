@@ -27,9 +27,13 @@ def set_up(implementation: Implementation, case: Case) -> Stage:
     pristine = {name: tensor.detach().clone() for name, tensor in models.tensors(model).items()}
     arguments = models.arguments(case)
     given = {} if case.whole else dict(zip((spec.name for spec in case.layers), arguments, strict=True))
+    # a model that is asked for its hidden states keeps a mark of that: here it has the mark before anything is attached
+    asked = {"output_hidden_states": True} if case.whole and formula.hears else {}
     with frozen(model):  # as libraries leave the base
         plain = recorded(
-            {spec.name: model.get_submodule(spec.name) for spec in case.layers}, lambda: model(*arguments), given
+            {spec.name: model.get_submodule(spec.name) for spec in case.layers},
+            lambda: model(*arguments, **asked),
+            given,
         )
     if case.sweep.quantizer is not None:
         quantizers.apply(model, case)

@@ -38,7 +38,11 @@ def fresh_site(stage: Stage, index: int, name: str, only: str | None = None) -> 
     """Return a fresh adapter on a layer, each tensor (or one role only) with the bound of its start."""
     site = stage.site_of(index, name, stage.fresh[stage.case.adapters[index].name])
     dtypes = {role: t.dtype for (where, role), t in stage.fresh[site.adapter.name].items() if where == name}
-    near = {role: stored(stage, t, dtypes[role]) for role, t in site.tensors.items() if only in (None, role)}
+    near = {
+        role: stored(stage, t, dtypes[role])
+        for role, t in site.tensors.items()
+        if role in dtypes and only in (None, role)
+    }
     return replace(site, tensors={**site.tensors, **near})
 
 

@@ -138,7 +138,8 @@ def save_load(stage: Stage) -> Measurement | None:
     found = [unchanged(snapshot(stage, stage.attached, stage.names), start, "by saving")]
     due = outputs(stage, stage.attached)
     found.append(_together(stage, start, due))
-    found.append(_beside(stage, folder, start, due))
+    if stage.can(Op.ADD):
+        found.append(_beside(stage, folder, start, due))
     if len(stage.names) > 1:
         found.append(_alone(stage, stage.names[-1], start))
     return told_apart(stage, worst(found))
@@ -263,7 +264,7 @@ def checkpoint_size(stage: Stage) -> Measurement | None:
     folder = checkpoint.saved(stage)
     found = []
     for name in stage.names:
-        weight, due = checkpoint.sizes(stored(folder, name)), checkpoint.declared(stage, name)
+        weight, due = checkpoint.sizes(*checkpoint.folders(folder, name, stage.names)), checkpoint.declared(stage, name)
         spent = weight.values + weight.extra
         note = f"{spent} bytes of values where {due} are due (and {weight.container} of the container)"
         ratio = spent / due if due else float("inf") if spent else 0.0

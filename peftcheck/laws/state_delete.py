@@ -51,7 +51,7 @@ def delete(stage: Stage) -> Measurement | None:
         _gone(stage, victim, owned),
     ]
     runs = same_outputs(stage, stage.attached, due, "after deleting an adapter" if others else "without adapters")
-    if worst(found).holds:
+    if worst(found).holds and stage.can(Op.ADD):
         found.append(_anew(stage, victim, others, kept, first))
     return worst([*found, runs])
 

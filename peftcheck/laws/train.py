@@ -97,8 +97,8 @@ def live_gradients(stage: Stage) -> Measurement | None:
     Which gradients are due is asked of the closed form, in fp64 (see `training.matters`). Dropout could drop all of a small
     layer: where the case has any, the steps are taken in evaluation.
     """
-    if stage.case.profile in UNTRAINED:
-        return None
+    if stage.case.profile in UNTRAINED or (stage.case.whole and stage.case.batch[-1] == 1):
+        return None  # in a sentence of one token queries and keys decide nothing
     if not forward_holds(stage):
         return NOTHING
     roles = {role for name in stage.names for _, role in stage.attached.adapter_tensors(name)}

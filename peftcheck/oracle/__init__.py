@@ -32,6 +32,7 @@ from peftcheck.oracle import (
     sparse,
     spectral,
     subspace,
+    weighed,
 )
 from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, machine, unlimited
 
@@ -64,6 +65,7 @@ _MODULES = (
     routed,
     experts,
     prompted,
+    weighed,
     mixed,
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}

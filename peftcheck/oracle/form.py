@@ -107,7 +107,8 @@ class Formula:
     exists. `roundtrip(machine, formula, sites, base)` overrides the family's budget. `turn(machine, site)`, where the
     method multiplies the weight by a matrix, returns that matrix (None: it does not fit the layer, and nothing is
     merged). `steps(machine, site, base)` returns every stored stage of a merge that takes several additions.
-    `told(case, adapter)` returns the adapter with what else of the case decides, among its options. `source`: paper and
+    `told(case, adapter)` returns the adapter with what else of the case decides, among its options. `hears` are layers of a
+    whole model by role: what each is given in the pristine model is a tensor of every site. `source`: paper and
     equation.
     """
 
@@ -123,3 +124,4 @@ class Formula:
     turn: Callable[[Machine, Site], Turn | None] | None = None
     steps: Callable[[Machine, Site, Base], Sequence[Base]] | None = None
     told: Callable[[Case, AdapterSpec], AdapterSpec] | None = None
+    hears: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))

@@ -28,10 +28,10 @@ def _saved(scene: Scene, name: str) -> list[str]:
 
 def size(scene: Scene) -> list[str] | None:
     """Save, and weigh the values of the adapter that weighs too much."""
-    if scene.say.save is None:
-        return None
     stage = scene.stage
     folder, due = checkpoint.saved(stage), {name: checkpoint.declared(stage, name) for name in stage.names}
+    if scene.say.save is None or len(checkpoint.folders(folder, stage.names[0], stage.names)) > 1:
+        return None  # what lies in other folders too is no one file to read
     name = max(due, key=lambda one: checkpoint.sizes(stored(folder, one)).values / max(due[one], 1))
     return [
         *_saved(scene, name),

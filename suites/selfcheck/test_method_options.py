@@ -87,10 +87,12 @@ OWN = {
         "VBLORA",
         "save_only_topk_weights",
     ): "documented: what is saved is for inference only, other tensors than those trained",
+    ("XLORA", "use_trainable_adapters"): "which tensors are trained: the experts too; the same arithmetic",
+    ("XLORA", "scaling_pass_value"): "weighs the experts in the pass before, in which PEFT switches them off",
 }
 """Fields of one method: why no variant sets them."""
 
-WHOLE = {"SHADOW", "XLORA"}
+WHOLE = {"SHADOW"}
 """Methods without a variant: test_methods.py says why, test_whole_methods.py sets their options. No variant sets a field."""
 
 IGNORED = {
@@ -145,7 +147,7 @@ def varied() -> frozenset[tuple[type, str]]:
     """Return the fields that some case of some variant sets away from their default, by configuration."""
     found: set[tuple[type, str]] = set()
     for name, method in METHODS.items():
-        for layer in sorted(method.variant.layers)[:4] if not method.mixed else ():
+        for layer in sorted(method.variant.layers | method.variant.within)[:4] if not method.mixed else ():
             sweep = Sweep("peft", name, layer, sorted(method.variant.dtypes)[0])
             for index in range(15):
                 case = generator.draw(method.variant, sweep, 0, index)

@@ -26,7 +26,6 @@ PROMPTS = {
 """Methods that adapt no layer: they change what the model reads, and there is nothing to merge."""
 
 WHOLE_MODELS = {
-    "XLORA": "a classifier over a whole model's hidden states, which weighs saved LoRA adapters",
     "SHADOW": "a second network beside the decoder blocks of a whole model",
 }
 """Methods that adapt no layer of the kinds here: test_whole_methods.py holds them to closed forms on a whole model."""

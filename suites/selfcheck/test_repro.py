@@ -307,7 +307,7 @@ def test_every_configuration_reads_back(name):
 
     known = {**vars(peft), "CordaConfig": CordaConfig}
     variant = METHODS[name].variant
-    layer = sorted(variant.layers)[0]
+    layer = sorted(variant.layers | variant.within)[0]
     for index in range(3):
         one = generator.draw(variant, Sweep("peft", name, layer, "float32"), 0, index)
         for adapter in one.adapters:

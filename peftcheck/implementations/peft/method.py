@@ -61,7 +61,7 @@ class Method:
     layer: tuple[str, ...] | Callable[[Case], tuple[str, ...]] | None = None
     mixed: bool = False
     attach: Callable[[nn.Module, Any, AdapterSpec, bool, bool], PeftModel] = _attach
-    scripted: Callable[[Any, AdapterSpec], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
+    scripted: Callable[[Case, Any], tuple[tuple[str, ...], tuple[str, ...]]] | None = None
     finished: Callable[[Case, AdapterSpec], tuple[str, str]] | None = None
     own: Callable[[BaseTunerLayer, str], Iterator[tuple[str, Tensor]]] | None = None
     port: Callable[..., PeftAttached] = PeftAttached

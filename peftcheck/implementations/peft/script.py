@@ -49,7 +49,7 @@ def spelling(case: Case, method: Method) -> Spelling:
     if method.finished:
         imports = (f"{imports[0]}, {method.finished(case, first[0])[0]}", *imports[1:])
     if method.scripted:
-        imports, lines = method.scripted(configs[0], case.adapters[0])
+        imports, lines = method.scripted(case, configs[0])
         attach = [*lines, f"model.{mode}()"]
     return Spelling(
         imports=imports,

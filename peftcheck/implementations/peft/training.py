@@ -45,6 +45,7 @@ _STARTS: Mapping[str, str] = {
     "c3a": "C3AConfig.init_weights: the default is 'xavier_uniform'",
     "fourierft": "FourierFTConfig.init_weights: by default False, a standard normal spectrum",
     "unilora": "UniLoraConfig.init_theta_d_bound: zeros are avoided for the sake of the gradients",
+    "xlora": "XLoraConfig.adapters: the experts were trained before, and are weighed from the start",
     "vblora": "VBLoRAConfig.init_vector_bank_bound: zeros are avoided for the sake of the gradients",
 }
 _STARTS_WHEN: Mapping[str, tuple[str, Callable[[AdapterSpec], bool]]] = {

@@ -22,10 +22,10 @@ _CAUSAL = frozenset({"lora.alora"})
 
 def with_models(variant: Variant) -> Variant:
     """Return the variant with the whole models that have a layer of a kind which it accepts."""
-    accepted = having(variant.layers) - variant.unasked if variant.name not in _APART else frozenset()
+    accepted = having(variant.layers | variant.within) - variant.unasked if variant.name not in _APART else frozenset()
     if variant.name in _CAUSAL:
         accepted = frozenset(model for model in accepted if BLUEPRINTS[model].task == "CAUSAL_LM")
-    unasked = having(variant.layers | variant.unasked) - accepted
+    unasked = having(variant.layers | variant.within | variant.unasked) - accepted
     return replace(variant, layers=variant.layers | accepted, unasked=variant.unasked | unasked)
 
 
@@ -36,9 +36,9 @@ def as_users_write(config: Any, case: Case, adapter: AdapterSpec) -> Any:
     """
     if not case.whole:
         return config
-    if case.setting("part"):  # of which the method itself knows where they are
-        return dataclasses.replace(config, task_type=BLUEPRINTS[case.sweep.layer].task)
     fields = {field.name for field in dataclasses.fields(config) if field.init}
+    if case.setting("part") or "target_modules" not in fields:  # the method itself knows where it goes
+        return dataclasses.replace(config, task_type=BLUEPRINTS[case.sweep.layer].task)
     targets = spelled(case, adapter)
     if targets.blocks and not {"layers_to_transform", "layers_pattern"} <= fields:
         targets = Targets(tuple(case.layers[target].name for target in adapter.targets))

@@ -53,6 +53,7 @@ _FAMILIES = (
     "lily",
     "poly",
     "adaption_prompt",
+    "xlora",
     "mixed",
 )
 

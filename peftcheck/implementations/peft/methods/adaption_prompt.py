@@ -34,7 +34,8 @@ METHODS = (
         Variant(
             "adaption_prompt",
             "adaption_prompt",
-            frozenset({_KIND}),
+            frozenset(),
+            within=frozenset({_KIND}),
             options={"blocks": (1, 2, 11)},
             fit=fit,
             claim=claim,

@@ -64,8 +64,9 @@ def _attach(model: nn.Module, config: Any, adapter: AdapterSpec, autocast: bool,
         )
 
 
-def _scripted(config: Any, adapter: AdapterSpec) -> tuple[tuple[str, ...], tuple[str, ...]]:
+def _scripted(case: Case, config: Any) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """Return the imports and the lines that do the same in a script."""
+    adapter = case.adapters[0]
     names = [f"task{i}" for i in range(adapter.option("experts"))] + [
         f"general{i}" for i in range(adapter.option("general"))
     ]

@@ -34,19 +34,22 @@ def explained(
 def _causes(
     stage: Stage, asked: Combination, made: Combined, layer: str, name: str, found: Tensor, due: Tensor
 ) -> Iterator[tuple[str, str]]:
+    undivided = stage.formula.delta is None
+    factored = undivided and "A" in combining.sources(stage, asked, layer)[0][0].tensors
+    if undivided and not factored:  # exact, and so before what is known up to a rounding only
+        lost = identity_lost(stage, asked, layer, name, found, due)
+        if lost is not None:
+            yield lost
     if _single_precision(stage, asked, layer, name, found, due):
         yield "single precision", "right to float32 only, where the adapters are float64"
-    if stage.formula.delta is None:
-        factored = "A" in combining.sources(stage, asked, layer)[0][0].tensors
-        lost = (
-            _not_copied(stage, asked, made, layer) if factored else identity_lost(stage, asked, layer, name, found, due)
-        )
+    if factored:
+        lost = _not_copied(stage, asked, made, layer)
         if lost is not None:
             yield lost
     short = stored_shorter(stage, made, layer)
     if short is not None and _within(found, due, 2.0**-5 * _reach(stage, asked, layer, name)):
         yield "dtype", short
-    if stage.formula.delta is None:
+    if undivided:
         return
     share = excess(found, due)
     wrong = wrong_alone(stage, asked, layer, name)

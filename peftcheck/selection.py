@@ -112,6 +112,16 @@ PROFILES = {
 }
 
 
+def lifted(filters: Filters) -> frozenset[str]:
+    """Return the turns that filters lift: who names a layer, a variant, a law or a quantizer asks for all of it."""
+    named = {
+        "models": filters.layer,
+        "likes": filters.variant,
+        "quantized": filters.law or filters.quantizer,
+    }
+    return frozenset(turn for turn, patterns in named.items() if patterns)
+
+
 def in_turn(
     cells: Sequence[Cell], implementation: Implementation, logic: frozenset[str], groups: frozenset[str], seed: int
 ) -> list[Cell]:

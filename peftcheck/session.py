@@ -116,7 +116,7 @@ class Session:
         profile = suite.PROFILES[settings.profile]
         found = [cell for cell in found if profile.takes(cell, filters)]
         if not filters.dtype:
-            turns = profile.turns - ({"models"} if filters.layer else set()) - ({"likes"} if filters.variant else set())
+            turns = profile.turns - selection.lifted(filters)
             logic = frozenset(name for name, law in self.laws.items() if law.logic)
             found = selection.in_turn(found, self.implementation, logic, turns, settings.seed)
         self.cells = _shard(found, settings.shard)

@@ -90,6 +90,13 @@ def test_on_a_quantizer_a_variant_is_asked_in_one_dtype_after_the_other(peft):
         assert len({cell.sweep.dtype for cell in one}) > 1
 
 
+def test_who_names_laws_or_a_quantizer_gets_every_dtype(peft):
+    for named in (suite.Filters(law=("quantize.drift",)), suite.Filters(quantizer=("bitsandbytes.nf4",))):
+        asked = Session(Settings("peft", filters=replace(named, variant=("lora",)))).cells
+        dtypes = {cell.sweep.dtype for cell in asked if cell.sweep.quantizer == "bitsandbytes.nf4"}
+        assert dtypes == set(quantizers.DECLARED["bitsandbytes.nf4"].dtypes)
+
+
 def test_the_order_of_cells_hangs_on_no_hash(peft):
     for variant in peft.variants().values():
         assert list(variant.quantizers) == [name for name in quantizers.DECLARED if name in variant.quantizers]

@@ -68,6 +68,8 @@ def run(spec: LayerSpec, module: nn.Module, x: Tensor) -> Any:
     """Return the output of a layer of any kind on the tensor that a case gives it."""
     if spec.kind == "attention.llama":
         return module(hidden_states=x, **_in_place(spec, x))[0]
+    if spec.kind == "block.llama":
+        return module(x, **_in_place(spec, x))
     if spec.kind != "mha":
         return module(x)
     return module(*parts(spec, x), attn_mask=hidden(spec))[0]

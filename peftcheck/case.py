@@ -32,7 +32,7 @@ LAYERS = (
 MODELS = ("model.llama", "model.bert", "model.gpt2", "model.vit", "model.resnet")
 SUBJECTS = (*LAYERS, *MODELS)
 """What the layer of a sweep may be."""
-PARTS = ("attention.llama",)
+PARTS = ("attention.llama", "block.llama")
 """What else is adapted in whole models: modules that hold layers. A case whose setting `part` names one has them too."""
 
 

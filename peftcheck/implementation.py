@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.errors import UsageError
+from peftcheck.recording import Record
 
 GROUP = "peftcheck.implementations"
 BASE = "__base__"  # in a mixed batch: a row that no adapter touches
@@ -216,6 +217,17 @@ class Combines(Protocol):
 
     def described(self, site: str, adapter: str) -> AdapterSpec:
         """Return the options that an adapter declares on a layer: rank, alpha and what else decides its scale."""
+
+
+@runtime_checkable
+class Watches(Protocol):
+    """What an `Attached` has besides where its library hands more than one tensor from layer to layer."""
+
+    def watched(self, layers: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[str, Record]:
+        """Return input and output of each layer while `run` runs the model; several tensors stacked where there are.
+
+        The first that comes in is what the plain layer takes, the first that comes out what the adapter makes of it.
+        """
 
 
 @runtime_checkable

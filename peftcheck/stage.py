@@ -7,7 +7,7 @@ library's objects between them, and what is cached here is a function of the cas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import permutations
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor
 from peftcheck import attention, budgets, values
 from peftcheck.architecture import Architecture
 from peftcheck.case import EMBEDDINGS, PARTS, Case, LayerSpec
-from peftcheck.implementation import Attached, Claim, Implementation, Op, Variant
+from peftcheck.implementation import Attached, Claim, Implementation, Op, Variant, Watches
 from peftcheck.oracle import Base, Formula, Machine, Site
 from peftcheck.recording import Record, recorded
 from peftcheck.rounding import Bounded, leaf
@@ -297,7 +297,7 @@ class Stage:
         attached = other or self.attached
         if self.case.whole:
             layers = {spec.name: attached.layer(spec.name) for spec in self.case.layers}
-            return recorded(layers, lambda: attached.forward(self.arguments))
+            return _watched(attached, layers, lambda: attached.forward(self.arguments))
         with torch.no_grad():
             outputs = attached.forward(self.arguments)
         return {spec.name: Record(self.inputs[spec.name], y) for spec, y in zip(self.case.layers, outputs, strict=True)}
@@ -316,5 +316,9 @@ def _relative(change: Tensor, size: Tensor) -> float:
 def record(stage: Stage) -> dict[str, Record]:
     """Run the model once and return input and output of each targeted layer."""
     layers = {name: stage.attached.layer(name) for name in stage.targeted}
-    given = {} if stage.case.whole else stage.inputs
-    return recorded(layers, lambda: stage.attached.forward(stage.arguments), given)
+    run = lambda: stage.attached.forward(stage.arguments)  # noqa: E731
+    return _watched(stage.attached, layers, run) if stage.case.whole else recorded(layers, run, stage.inputs)
+
+
+def _watched(attached: Attached, layers: Mapping[str, torch.nn.Module], run: Callable[[], object]) -> dict[str, Record]:
+    return attached.watched(layers, run) if isinstance(attached, Watches) else recorded(layers, run)

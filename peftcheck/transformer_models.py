@@ -64,9 +64,10 @@ def _llama(s: Settings) -> Iterator[LayerSpec]:
         for name, n_in, n_out in (("gate", n, 2 * n), ("up", n, 2 * n), ("down", 2 * n, n)):
             yield _linear(f"{at}.mlp.{name}_proj", n_in, n_out, bias)
     yield _linear("lm_head", n, _VOCABULARY, False, "model.embed_tokens" if s["tied"] else None)
-    for block in range(s["blocks"] if s.get("part") == "attention.llama" else 0):
-        name = f"model.layers.{block}.self_attn"
-        yield LayerSpec(name, "attention.llama", n, n, bias, groups=_KEY_HEADS, heads=_HEADS, causal=True)
+    inside = {"attention.llama": ".self_attn", "block.llama": ""}.get(s.get("part"))
+    for block in range(s["blocks"] if inside is not None else 0):
+        name = f"model.layers.{block}{inside}"
+        yield LayerSpec(name, s["part"], n, n, bias, groups=_KEY_HEADS, heads=_HEADS, causal=True)
 
 
 def _llama_arguments(s: Settings) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from peftcheck.laws.plain import forward_holds
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, identical, worst
 from peftcheck.oracle import Base
 from peftcheck.oracle.layers import layer_output
+from peftcheck.recording import Record
 from peftcheck.rounding import Bounded, leaf
 from peftcheck.stage import Stage
 from peftcheck.training import UNTRAINED, backward, descend, feeds, fresh_site, matters, parameters, start_fresh, stored
@@ -48,7 +49,11 @@ def identity_at_init(stage: Stage) -> Measurement | None:
     start_fresh(stage)
     found, seen = [], stage.run()
     for spec in (stage.spec(name) for name in stage.targeted):
-        base, x = stage.base(spec.name), stage.activation(spec.name, seen[spec.name].x)
+        x, y = seen[spec.name].x, seen[spec.name].y
+        if y.dim() > stage.pristine_outputs[spec.name].dim():
+            found.append(_untouched(stage, spec.name, seen[spec.name]))
+            continue
+        base, x = stage.base(spec.name), stage.activation(spec.name, x)
         if stage.variant.rewrites_base:
             base = {key: stored(stage, t, stage.start[f"{spec.name}.{key}"].dtype) for key, t in base.items()}
         plain = layer_output(
@@ -58,8 +63,15 @@ def identity_at_init(stage: Stage) -> Measurement | None:
             budget = plain.bound + _start_bound(stage, spec.name, base, x, plain)
             # in a whole model the input itself may have moved by what the layers before have
             due = plain.value if stage.case.whole else stage.pristine_outputs[spec.name]
-            found.append(compare(f"{spec.name}:output", seen[spec.name].y, due, budget))
+            found.append(compare(f"{spec.name}:output", y, due, budget))
     return worst(found) if found else None
+
+
+def _untouched(stage: Stage, name: str, seen: Record) -> Measurement:
+    """Compare what a layer is given with what comes to it, the first of what is stacked (see `Watches`)."""
+    sites = [fresh_site(stage, index, name) for index in stage.adapters_on(name)]
+    form = stage.formula.forward(stage.machine, sites, stage.base(name), stage.activation(name, seen.x))
+    return compare(f"{name}:output", seen.y[0], seen.x[0].double(), form.bound[0])
 
 
 def _start_bound(stage: Stage, name: str, base: Base, x: Bounded, plain: Bounded) -> Tensor:

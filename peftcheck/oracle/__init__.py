@@ -28,6 +28,7 @@ from peftcheck.oracle import (
     rotation,
     routed,
     scaling,
+    shadowed,
     shards,
     sparse,
     spectral,
@@ -66,6 +67,7 @@ _MODULES = (
     experts,
     prompted,
     weighed,
+    shadowed,
     mixed,
 )
 FORMULAS: dict[str, Formula] = {name: formula for module in _MODULES for name, formula in module.FORMULAS.items()}

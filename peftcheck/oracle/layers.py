@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, LayerSpec
-from peftcheck.oracle import rotary
+from peftcheck.oracle import decoder, rotary
 from peftcheck.oracle.attention import attend
 from peftcheck.oracle.form import Base
 from peftcheck.oracle.normalization import layer_norm
@@ -88,6 +88,8 @@ def layer_output(ar: Arithmetic, spec: LayerSpec, base: Base, x: Bounded) -> Bou
         return layer_norm(ar, base["weight"], base.get("bias"), x)
     if spec.kind == "attention.llama":
         return rotary.attend(ar, spec, base, x)
+    if spec.kind == "block.llama":
+        return decoder.block(ar, spec, base, x)
     return with_bias(ar, spec, linear_map(ar, spec, base["weight"], x), base.get("bias"))
 
 

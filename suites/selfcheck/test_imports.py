@@ -18,9 +18,9 @@ ORDER = """
     errors escape dataclass_json tokens
     rounding rounding_linalg processor calibration
     case where issue attention values transformer_models models targets
-    implementation spelling refusal
+    recording implementation spelling refusal
     oracle budgets programs reductions quantizers
-    measurement architecture memento recording outcome
+    measurement architecture memento outcome
     generator_model generator stage staging checkpoint standing sequence_outputs sequence operations training combination
     combination_diagnosis generator_combine
     law laws engine

@@ -1,4 +1,4 @@
-"""No method of the installed PEFT is a blank: each that attaches to layers has a variant, each other one a reason."""
+"""No method of the installed PEFT is a blank: each that adapts layers or parts of models has a variant, others a reason."""
 
 from __future__ import annotations
 
@@ -25,11 +25,6 @@ PROMPTS = {
 }
 """Methods that adapt no layer: they change what the model reads, and there is nothing to merge."""
 
-WHOLE_MODELS = {
-    "SHADOW": "a second network beside the decoder blocks of a whole model",
-}
-"""Methods that adapt no layer of the kinds here: test_whole_methods.py holds them to closed forms on a whole model."""
-
 
 def offered() -> set[str]:
     return {kind.value for kind in PeftType} | {kind.value for kind in PEFT_TYPE_TO_TUNER_MAPPING}
@@ -40,13 +35,13 @@ def covered() -> set[str]:
 
 
 def test_every_method_has_a_variant_or_a_reason():
-    missing = offered() - covered() - set(PROMPTS) - set(WHOLE_MODELS)
+    missing = offered() - covered() - set(PROMPTS)
     assert not missing, f"PEFT offers methods without a variant: {', '.join(sorted(missing))}"
 
 
 def test_no_reason_outlives_its_method():
-    assert not covered() & (set(PROMPTS) | set(WHOLE_MODELS))
-    assert set(PROMPTS) | set(WHOLE_MODELS) <= offered()
+    assert not covered() & set(PROMPTS)
+    assert set(PROMPTS) <= offered()
 
 
 def test_what_is_called_prompt_learning_is_what_peft_calls_so():

@@ -1,7 +1,7 @@
 """Methods of PEFT's that adapt no single layer, on a whole Llama in double precision: what each promises, against closed forms.
 
-What they change is an attention or layers weighed by a classifier (which cells judge too), or a decoder block, which has
-none. A test whose name says 'known issue' holds as long as PEFT has that issue.
+Cells judge them too, layer by layer; here a test is a user's own steps. A test whose name says 'known issue' holds as long
+as PEFT has that issue.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from inspect import signature
 from pathlib import Path
@@ -32,6 +32,12 @@ def _variants() -> Mapping[str, Variant]:
     return MappingProxyType({name: with_models(with_quantizers(method.variant)) for name, method in METHODS.items()})
 
 
+def _names(model: nn.Module, case: Case) -> Sequence[str]:
+    """Return the names of what holds tensors or is adapted: of a whole model, parts that hold none of their own too."""
+    own = [spec.name for spec in case.layers]
+    return tuple(dict.fromkeys((*models.holders(model), *own))) if case.whole else own
+
+
 class Peft:
     """The installed PEFT."""
 
@@ -48,7 +54,7 @@ class Peft:
             method = METHODS[case.sweep.variant]
         except KeyError:
             raise UsageError(f"peft has no variant '{case.sweep.variant}': see peftcheck list variants") from None
-        names = models.holders(model) if case.whole else [spec.name for spec in case.layers]
+        names = _names(model, case)
 
         def config(adapter: AdapterSpec):
             made = method.config(adapter, [case.layers[target].name for target in adapter.targets])
@@ -89,7 +95,7 @@ class Peft:
         What the user must do to a model before attaching (find its activations, say), is done before loading too.
         """
         method = METHODS[case.sweep.variant]
-        names = models.holders(model) if case.whole else [spec.name for spec in case.layers]
+        names = _names(model, case)
         adapters = {adapter.name: adapter for adapter in case.adapters}
 
         def config(name: str):

@@ -26,6 +26,7 @@ _FIELDS: Mapping[str, str] = {
     "psoft": "psoft_dropout",
     "pvera": "pvera_dropout",
     "randlora": "randlora_dropout",
+    "shadow": "shadow_dropout",
     "supertuning.lora": "lora_dropout",
     "tinylora": "tinylora_dropout",
     "unilora": "unilora_dropout",

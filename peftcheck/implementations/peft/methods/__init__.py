@@ -54,6 +54,7 @@ _FAMILIES = (
     "poly",
     "adaption_prompt",
     "xlora",
+    "shadow",
     "mixed",
 )
 

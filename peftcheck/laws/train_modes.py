@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -18,6 +18,7 @@ from peftcheck.laws.plain import forward_holds, merge_holds, merged_as_due
 from peftcheck.laws.train import drops
 from peftcheck.measurement import NOTHING, Measurement, broken, compare, worst
 from peftcheck.oracle.layers import layer_output
+from peftcheck.recording import Record
 from peftcheck.rounding import Bounded, judged
 from peftcheck.stage import Stage
 
@@ -31,6 +32,7 @@ _CHANCE = 2.0**-40  # that working dropout is mistaken for none, per layer
     "an (IA)^3 whose dropout option was never read; LoRA dropout left active by a merge in training mode",
     concerns=lambda variant: "dropout" in variant.options,
     logic=True,
+    on="methods",
 )
 def dropout(stage: Stage) -> Measurement | None:
     """Run in training mode under several seeds, then in evaluation, then merge in training mode.
@@ -47,6 +49,8 @@ def dropout(stage: Stage) -> Measurement | None:
     probability, x = drops(stage), stage.inputs
     if stage.variant.samples and probability == 0:
         return None  # by design no output in training is the closed form
+    if stage.case.whole:
+        return _of_a_model(stage, probability)
     forms = {name: stage.output(name, x[name]) for name in stage.targeted}
     stage.attached.train(True)
     if probability == 0:
@@ -62,6 +66,41 @@ def dropout(stage: Stage) -> Measurement | None:
         merge_all(stage)
         found.append(merged_as_due(stage))
     return worst(found)
+
+
+def _of_a_model(stage: Stage, probability: float) -> Measurement | None:
+    """Do the same in a whole model, where a layer's output varies with what comes to it: of the first that is adapted.
+
+    What an adapter makes of its input is there the difference between the first that comes out of a layer and the first
+    that comes in (see `Watches`).
+    """
+    name = stage.targeted[0]
+    if probability == 0:
+        stage.attached.train(True)
+        return worst(_judged(stage))
+    seen = stage.records()[name]
+    form = stage.output(name, seen.x)
+    if seen.y.dim() == stage.pristine_outputs[name].dim():
+        return None
+    moved = (form.value[0] - seen.x[0].double()).abs() > 4 * stage.spec(name).fan_in * form.bound[0]
+    if not stage.sound(form) or not bool(moved.any()):
+        return None
+    stage.attached.train(True)
+    varies = _varying(lambda seed, layers: {name: _seeded_run(stage, seed)[name].y[0]}, {name}, probability)
+    stage.attached.train(False)
+    return worst([varies, *_judged(stage)])
+
+
+def _judged(stage: Stage) -> list[Measurement]:
+    """Compare the output of each adapted layer, on the input that it has as the model stands now."""
+    seen = stage.run()
+    forms = {name: stage.output(name, seen[name].x) for name in stage.targeted}
+    return _compared(stage, {name: seen[name].y for name in forms}, forms)
+
+
+def _seeded_run(stage: Stage, seed: int) -> dict[str, Record]:
+    torch.default_generator.manual_seed((stage.case.values + seed) % 2**63)
+    return stage.run()
 
 
 def _run(stage: Stage) -> dict[str, Tensor]:
@@ -112,10 +151,15 @@ def _undropped(stage: Stage, name: str, x: Bounded) -> Tensor:
 
 def _frozen(stage: Stage, pending: set[str], probability: float) -> Measurement:
     """Return a violation for the first layer whose outputs are the same under every seed."""
+    return _varying(lambda seed, layers: _seeded(stage, seed, layers), pending, probability)
+
+
+def _varying(draw: Callable[[int, set[str]], dict[str, Tensor]], pending: set[str], probability: float) -> Measurement:
+    """Draw outputs of the layers that are still the same under every seed, until none is."""
     tries = 2 + math.ceil(math.log(_CHANCE) / math.log(max(probability, 1 - probability)))
-    first = _seeded(stage, 0, pending)
+    first = draw(0, pending)
     for seed in range(1, tries):
-        now = _seeded(stage, seed, pending)
+        now = draw(seed, pending)
         pending = {name for name in pending if torch.equal(now[name], first[name])}
         if not pending:
             return NOTHING

@@ -29,7 +29,7 @@ SPEC = LayerSpec("b", "block.llama", 4, 4)
 
 
 def drawn(**wanted) -> Case:
-    """Return a case on two blocks, all adapted unless told otherwise, without dropout, whose sentences have four tokens."""
+    """Return a case on two blocks, all adapted unless told otherwise, whose sentences have four tokens."""
     sweep = Sweep("peft", "shadow", "model.llama", "float32")
     wanted = {"blocks": "all", "dropout": 0.0, **wanted}
     cases = (generator.draw(VARIANT, sweep, 0, index) for index in range(300))
@@ -132,6 +132,11 @@ def thawed(self, model: nn.Module) -> None:
     model.get_input_embeddings().requires_grad_(True)
 
 
+def undropped(self, hidden_states: Tensor, shadow_states: Tensor, adapter_name: str) -> Tensor:
+    self.shadow_dropout[adapter_name].p = 0.0
+    return _INJECT(self, hidden_states, shadow_states, adapter_name)
+
+
 def merged(self) -> None:
     pass
 
@@ -147,6 +152,7 @@ PLANTED: dict[str, tuple[str, type, str, Callable]] = {
     "start": ("train.identity_at_init", ShadowLayer, "update_layer", at_random),
     "dead": ("train.live_gradients", ShadowLayer, "shadow_inject", dead),
     "disable": ("merge.disable", ShadowModel, "_shadow_path_active", left_in),
+    "dropout": ("train.dropout", ShadowLayer, "shadow_inject", undropped),
     "thawed": ("train.base_frozen", ShadowModel, "_mark_only_adapters_as_trainable", thawed),
 }
 
@@ -155,7 +161,7 @@ PLANTED: dict[str, tuple[str, type, str, Callable]] = {
 @pytest.mark.filterwarnings("ignore")
 def test_a_law_sees_its_defect_on_a_whole_model_and_nothing_without(name: str, monkeypatch) -> None:
     law, owner, attribute, planted = PLANTED[name]
-    one = drawn()
+    one = drawn(dropout=0.5 if name == "dropout" else 0.0)
     assert verdict(law, one) == "pass"
     monkeypatch.setattr(owner, attribute, planted)
     assert verdict(law, one) == "violation"

@@ -78,8 +78,9 @@ def _start_bound(stage: Stage, name: str, base: Base, x: Bounded, plain: Bounded
     """Return the bound of the adapted output at the start, every tensor of which is known to a bound.
 
     Where no bound comes of all of them together (what is orthogonalized may be anything), the sum of those that come
-    of one role each: what has none is exact, and the others start from it. Where there is none at all (0 / 0, which the
-    library keeps clear of) the plain layer's is what is left.
+    of one role each: what has none is exact, and the others start from it. Where there is none at all, that of computing
+    with the start as it is stored (two reflections by one vector cancel, however coarse it is); and where that has none
+    either (0 / 0, which the library keeps clear of) the plain layer's is what is left.
     """
 
     def bound(only: str | None) -> Bounded:
@@ -91,7 +92,10 @@ def _start_bound(stage: Stage, name: str, base: Base, x: Bounded, plain: Bounded
         return together.bound
     roles = dict.fromkeys(role for index in stage.adapters_on(name) for role in fresh_site(stage, index, name).tensors)
     apart = [one.bound for one in map(bound, roles) if stage.sound(one)]
-    return torch.stack(apart).sum(0) if apart else plain.bound
+    if apart:
+        return torch.stack(apart).sum(0)
+    as_stored = bound("")  # no role's
+    return as_stored.bound if stage.sound(as_stored) else plain.bound
 
 
 @law(

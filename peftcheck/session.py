@@ -143,8 +143,12 @@ class Session:
     def select(self, cells: Iterable[Cell]) -> None:
         """Say which cells are asked for: a walk over a sweep serves all of its own at once."""
         self._selected: dict[tuple[Sweep, str | None], list[Cell]] = {}
+        first: dict[tuple[str, str], Sweep] = {}
         for cell in cells:
             self._selected.setdefault((cell.sweep, cell.kind), []).append(cell)
+            if cell.law == "quantize.merge_budget":
+                first.setdefault((cell.sweep.variant, cell.sweep.quantizer or ""), cell.sweep)
+        self._costed = frozenset(first.values())  # one of each method and quantizer, whichever dtypes are asked
 
     def verdict(self, cell: Cell) -> Verdict:
         """Return the verdict on a cell; the first cell of a sweep walks it for all that are selected."""
@@ -182,6 +186,7 @@ class Session:
             watchdog.watch,
             watchdog.crashed,
             cells[0].kind,
+            cells[0].sweep in self._costed,
         )
         for result in walk.run().values():
             self._results[result.cell.id] = result

@@ -297,7 +297,7 @@ class Stage:
         attached = other or self.attached
         if self.case.whole:
             layers = {spec.name: attached.layer(spec.name) for spec in self.case.layers}
-            return _watched(attached, layers, lambda: attached.forward(self.arguments))
+            return _watched(attached, layers, lambda: attached.forward(self.arguments), {})
         with torch.no_grad():
             outputs = attached.forward(self.arguments)
         return {spec.name: Record(self.inputs[spec.name], y) for spec, y in zip(self.case.layers, outputs, strict=True)}
@@ -316,9 +316,14 @@ def _relative(change: Tensor, size: Tensor) -> float:
 def record(stage: Stage) -> dict[str, Record]:
     """Run the model once and return input and output of each targeted layer."""
     layers = {name: stage.attached.layer(name) for name in stage.targeted}
-    run = lambda: stage.attached.forward(stage.arguments)  # noqa: E731
-    return _watched(stage.attached, layers, run) if stage.case.whole else recorded(layers, run, stage.inputs)
+    given = {} if stage.case.whole else stage.inputs
+    return _watched(stage.attached, layers, lambda: stage.attached.forward(stage.arguments), given)
 
 
-def _watched(attached: Attached, layers: Mapping[str, torch.nn.Module], run: Callable[[], object]) -> dict[str, Record]:
-    return attached.watched(layers, run) if isinstance(attached, Watches) else recorded(layers, run)
+def _watched(
+    attached: Attached,
+    layers: Mapping[str, torch.nn.Module],
+    run: Callable[[], object],
+    given: Mapping[str, Tensor],
+) -> dict[str, Record]:
+    return attached.watched(layers, run) if isinstance(attached, Watches) else recorded(layers, run, given)

@@ -28,7 +28,7 @@ class Walk:
     """One walk of a sweep over its cases, all its laws together.
 
     Each law takes the first cases that say something about it, so that its verdict does not depend on which
-    other laws are selected.
+    other laws are selected. `costs`: of a merge into quantized weights, measure besides what it costs.
     """
 
     def __init__(
@@ -41,6 +41,7 @@ class Walk:
         watch: engine.Watch = engine.unwatched,
         crashed: frozenset[tuple[str, str]] = frozenset(),
         kind: str | None = None,
+        costs: bool = False,
     ) -> None:
         self.implementation = implementation
         self.sweep = sweep
@@ -50,6 +51,7 @@ class Walk:
         self.watch = watch
         self.crashed = crashed
         self.kind = kind
+        self.costs = costs
         self.variant = implementation.variants()[sweep.variant]
         self._drawn: list[Case] = []
 
@@ -79,8 +81,7 @@ class Walk:
         self._visit(open_laws)
         results |= {name: tally.result() for name, tally in open_laws.items()}
         name = "quantize.merge_budget"
-        costed = "quantized" in self.profile.turns or self.sweep.dtype == "float32"  # once for each dtype there is
-        if self.sweep.quantizer is not None and costed and results.get(name, _NOT_RUN).state == "ran":
+        if self.costs and results.get(name, _NOT_RUN).state == "ran":
             results[name] = replace(results[name], quantized=self._cost())
         return results
 

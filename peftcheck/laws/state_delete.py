@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from peftcheck import checkpoint
-from peftcheck.implementation import Absent, Combines, Op
+from peftcheck.implementation import Combines, Op
 from peftcheck.law import law
 from peftcheck.laws.state import outputs, own_tensors, same_outputs, same_tensors, snapshot, unchanged
 from peftcheck.measurement import NOTHING, Measurement, broken, identical, worst
@@ -52,9 +51,8 @@ def delete(stage: Stage) -> Measurement | None:
         _gone(stage, victim, owned),
     ]
     runs = same_outputs(stage, stage.attached, due, "after deleting an adapter" if others else "without adapters")
-    if worst(found).holds:
-        with contextlib.suppress(Absent):  # there may be one for a model, and no way to add it again
-            found.append(_anew(stage, victim, others, kept, first))
+    if worst(found).holds and stage.can(Op.ADD):
+        found.append(_anew(stage, victim, others, kept, first))
     return worst([*found, runs])
 
 

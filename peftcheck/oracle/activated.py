@@ -10,7 +10,7 @@ from torch import Tensor
 
 from peftcheck import transformer_models
 from peftcheck.case import AdapterSpec, Case
-from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, unmerged
 from peftcheck.oracle.layers import layer_output
 from peftcheck.oracle.lowrank import path
 from peftcheck.rounding import Bounded
@@ -68,15 +68,10 @@ def _forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bound
     return y
 
 
-def _unmerged(m: Machine, site: Site, base: Base) -> dict[str, Bounded]:
-    """Return nothing: what only some tokens see is merged into no weight."""
-    return {}
-
-
 FORMULAS = {
     "lora.alora": Formula(
         Family.OPAQUE,
-        _unmerged,
+        unmerged,
         _forward,
         "Greenewald et al., Activated LoRA, 2025, section 3: W x + s B A x from the invocation tokens on, W x before",
         told=told,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftcheck.oracle.additive import forward_by_adding
-from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.form import Family, Formula, Machine, Site, unmerged
 from peftcheck.oracle.lowrank import scale
 from peftcheck.oracle.routed import softmax
 from peftcheck.rounding import Arithmetic, Bounded, precision
@@ -111,15 +111,10 @@ def _routed(m: Machine, site: Site, x: Bounded) -> Bounded:
     return total.map(lambda t: t.reshape(*x.value.shape[:-1], -1))
 
 
-def _unmerged(m: Machine, site: Site, base: Base) -> dict[str, Bounded]:
-    """Return nothing: what depends on the token is merged into no weight."""
-    return {}
-
-
 FORMULAS = {
     "lora.arrow": Formula(
         Family.OPAQUE,
-        _unmerged,
+        unmerged,
         forward_by_adding(_routed),
         "Ostapenko et al., Towards Modular LLMs by Building and Reusing a Library of LoRAs, 2024, section 4.1 (Arrow): "
         "routing by the first right singular vector of B_e A_e; Bagherifard et al., GenKnowSub, 2025: experts less the "

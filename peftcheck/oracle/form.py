@@ -125,3 +125,8 @@ class Formula:
     steps: Callable[[Machine, Site, Base], Sequence[Base]] | None = None
     told: Callable[[Case, AdapterSpec], AdapterSpec] | None = None
     hears: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
+
+
+def unmerged(m: Machine, site: Site, base: Base) -> dict[str, Bounded]:
+    """Return nothing: what depends on the input (or the token, or the task) is merged into no weight."""
+    return {}

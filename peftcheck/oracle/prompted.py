@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, unmerged
 from peftcheck.oracle.rotary import attend, output, projected, queries, shared, weighed
 from peftcheck.rounding import Bounded
 
@@ -26,15 +26,10 @@ def _forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bound
     return y
 
 
-def _unmerged(m: Machine, site: Site, base: Base) -> dict[str, Bounded]:
-    """Return nothing: what depends on the input is merged into no weight."""
-    return {}
-
-
 FORMULAS = {
     "adaption_prompt": Formula(
         Family.OPAQUE,
-        _unmerged,
+        unmerged,
         _forward,
         "Zhang et al., LLaMA-Adapter, 2023, eq. 4 to 7: W_o (softmax(Q K^T) V + g softmax(Q K_p^T / sqrt(d)) V_p) + b_o",
         dyadic=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from peftcheck.oracle.additive import forward_by_adding
-from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.form import Family, Formula, Machine, Site, unmerged
 from peftcheck.oracle.softmax import softmax
 from peftcheck.rounding import Arithmetic, Bounded
 
@@ -53,13 +53,8 @@ def _poly(m: Machine, site: Site, x: Bounded) -> Bounded:
     return ar.div(ar.matmul(hidden, up), rank)
 
 
-def _unmerged(m: Machine, site: Site, base: Base) -> dict[str, Bounded]:
-    """Return nothing: what depends on the input or the task is merged into no weight."""
-    return {}
-
-
 def _formula(path, source: str) -> Formula:
-    return Formula(Family.OPAQUE, _unmerged, forward_by_adding(path), source, dyadic=False)
+    return Formula(Family.OPAQUE, unmerged, forward_by_adding(path), source, dyadic=False)
 
 
 FORMULAS = {

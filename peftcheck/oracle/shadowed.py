@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from peftcheck.oracle.decoder import block
-from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, unmerged
 from peftcheck.rounding import Arithmetic, Bounded
 
 
@@ -58,15 +58,10 @@ def _forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bound
     return Bounded(torch.stack([one.value for one in made]), torch.stack([one.bound for one in made]))
 
 
-def _unmerged(m: Machine, site: Site, base: Base) -> dict[str, Bounded]:
-    """Return nothing: what depends on the input is merged into no weight."""
-    return {}
-
-
 FORMULAS = {
     "shadow": Formula(
         Family.OPAQUE,
-        _unmerged,
+        unmerged,
         _forward,
         "ShadowPEFT, 2026, eq. 2 to 7: each block is given h + alpha W_up W_down (h - s), then s + g (t - s); "
         "the state that the first block is given, the output of the shadow network, is recorded and not judged",

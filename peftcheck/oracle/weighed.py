@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from peftcheck.case import AdapterSpec, Case
-from peftcheck.oracle.form import Base, Family, Formula, Machine, Site
+from peftcheck.oracle.form import Base, Family, Formula, Machine, Site, unmerged
 from peftcheck.oracle.layers import layer_output
 from peftcheck.oracle.softmax import softmax
 from peftcheck.rounding import Arithmetic, Bounded
@@ -81,15 +81,10 @@ def _forward(m: Machine, sites: Sequence[Site], base: Base, x: Bounded) -> Bound
     return y
 
 
-def _unmerged(m: Machine, site: Site, base: Base) -> dict[str, Bounded]:
-    """Return nothing: what depends on the input is merged into no weight."""
-    return {}
-
-
 FORMULAS = {
     "xlora": Formula(
         Family.OPAQUE,
-        _unmerged,
+        unmerged,
         _forward,
         "Buehler and Buehler, X-LoRA, 2024, eq. 3 and 4: W x + sum_e lambda_e s B_e A_e x, "
         "lambda from a pass of the model without adapters",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -213,3 +214,9 @@ def test_words_name_what_matters():
 )
 def test_shapes_follow_from_the_spec(spec, fan_in, shape):
     assert (spec.fan_in, spec.weight_shape) == (fan_in, shape)
+
+
+def test_cases_that_compare_equal_and_are_written_apart_have_tokens_of_their_own() -> None:
+    whole, real = (replace(CASE, extra=(("weight", number),)) for number in (1, 1.0))
+    assert whole == real
+    assert [type(decode(encode(case, "merge.oracle"))[0].setting("weight")) for case in (whole, real)] == [int, float]

@@ -15,7 +15,7 @@ import torch
 
 from peftcheck import engine, generator, models, values
 from peftcheck.case import CONVOLUTIONS, EMBEDDINGS, LAYERS, Case, Sweep, decode, encode
-from peftcheck.implementation import Variant
+from peftcheck.implementation import Variant, load
 from peftcheck.rounding import DTYPES
 
 VARIANT = Variant("lora", "lora", frozenset(LAYERS), options={"rslora": (False, True), "init": ("a", "b")})
@@ -279,3 +279,14 @@ def test_embeddings_that_share_a_weight_have_no_max_norm():
     for case in shared:
         ends = {name for spec in case.layers if spec.tied for name in (spec.name, spec.tied)}
         assert all(spec.max_norm is None for spec in case.layers if spec.name in ends)
+
+
+def test_layers_of_dear_methods_are_narrow_unless_the_block_is_wide():
+    pytest.importorskip("peft")
+    boft = load("peft").variants()["boft"]
+    cases = [
+        generator.draw(boft, Sweep("peft", "boft", "linear", "float32", "bitsandbytes.nf4"), 0, i) for i in range(60)
+    ]
+    assert {case.setting("blocksize") for case in cases} == {64, 128, 256, 512}
+    for case in cases:
+        assert all(spec.n_in <= max(256, case.setting("blocksize")) for spec in case.layers)

@@ -15,6 +15,8 @@ from peftcheck.case import Sweep
 from peftcheck.errors import UsageError
 from peftcheck.implementations.peft import Peft
 from peftcheck.record import QuantizedRecord
+from peftcheck.session import Session, Settings
+from peftcheck.suite import Filters
 
 INT8 = QuantizedRecord("bitsandbytes.int8", "lora", 0.5, 0.0125, 0.4, 0.005, 0.0049, 0.9, 0.4, 0.02)
 WRONG = replace(INT8, variant="twist", cost=0.5, kept=None, cosine=None, changed=None)
@@ -134,3 +136,14 @@ def test_weights_of_zero_have_no_relative_cost() -> None:
     rows = report_quantized.table(with_rows(nothing)).rows
     assert rows[0][2] is None and rows[0][5] is None
     assert report_quantized.sentences(with_rows(nothing))
+
+
+def test_a_run_over_every_dtype_costs_each_method_and_quantizer_once():
+    pytest.importorskip("peft")
+    pytest.importorskip("bitsandbytes")
+    asked = Filters(law=("quantize.merge_budget",), variant=("lora",), quantizer=("bitsandbytes.nf4",))
+    session = Session(Settings("peft", filters=asked))
+    assert len(session.cells) == 3
+    rows = [session.verdict(cell).as_plain()["quantized"] for cell in session.cells]
+    assert [row is not None for row in rows] == [True, False, False]
+    assert (rows[0]["quantizer"], rows[0]["variant"]) == ("bitsandbytes.nf4", "lora")

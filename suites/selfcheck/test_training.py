@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from peftcheck import engine, generator
-from peftcheck.case import Sweep
+from peftcheck.case import Sweep, decode
 from peftcheck.faults import FAULTS, kill_matrix
 from peftcheck.faults.fault import Faulty, replacing
 from peftcheck.implementations.hooks import Hooks
@@ -170,3 +170,19 @@ def test_an_adapter_without_values_has_nothing_to_train_and_one_that_is_frozen_t
     case = next(c for c in (drawn("lora", i) for i in range(40)) if c.profile == "normal")
     (outcome,) = engine.check(Faulty(REFERENCE, frozen), case, laws("train.live_gradients"))
     assert outcome.measurement.symptom == "untrained"
+
+
+def test_a_start_that_cancels_is_judged_by_the_rounding_of_computing_with_it() -> None:
+    """Pairs of equal reflections in float16: the bound of their start has none of its own, and the plain layer's is too small."""
+    peft = pytest.importorskip("peftcheck.implementations.peft").Peft()
+    case, name = decode(_REFLECTIONS)
+    (outcome,) = engine.check(peft, case, laws(name))
+    assert outcome.status == PASS, outcome.message
+
+
+_REFLECTIONS = (
+    "pc1.eNplkOFqwzAMhN9Fv01pMhgjr1JC0GIlEXVkY6vtstF3nxzaMtg_i7uTP90JNCPLgT2Jsm4D6sDCCu4H0GNSyoPXLRF0MIWI"
+    "2ryDeyoFupPZQloQuo_D0YHgWp2eJrwEWwIxKUepxhPMGdehjMvK3qQJQ6G-d5BRzhZ3oJhn0uo99ncTPlHHxabG3uM2BjKpccDi"
+    "6Qu6NwcBtyeE54D1p2p3NXCmLBRsbF1bR0sZ2Bjl2nrjErty3yFDvCh07YsdTU3oPctcSdzR0oW_6bWqaLa2Hh9VzpTjxKFmJeYV"
+    "gy0oRH6_qdyIEnQG-K9EXlOg1Wp_gEOiqVa2X_WX9YqZUQwSloxwv_e_2zaNVg"
+)

@@ -10,8 +10,6 @@ from peft import XLoraConfig
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from peftcheck.case import AdapterSpec
-from peftcheck.implementation import Absent
 from peftcheck.implementations.peft.attached import PeftAttached
 
 
@@ -30,9 +28,6 @@ class WeighedAttached(PeftAttached):
             for name in self.sites(adapter)
             for role, tensor in (*_factors(self.layer(name)), *classifier.items())
         }
-
-    def add(self, adapter: AdapterSpec) -> None:
-        raise Absent("a model has one classifier")
 
     def activate(self, adapters: Sequence[str]) -> None:
         (adapter,) = adapters

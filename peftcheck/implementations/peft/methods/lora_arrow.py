@@ -127,7 +127,7 @@ def claim(op: Op, spec: LayerSpec, adapter: AdapterSpec) -> Claim:
     """The router merges nothing; it is built anew from its experts' files, and is itself no adapter to save or scale."""
     if op in MERGES:
         return Claim.ABSENT if op is Op.DELTA else Claim.REFUSES
-    return Claim.ABSENT if op in (Op.COMBINE, Op.RESCALE, Op.SAVE, Op.LOAD, Op.ADD) else Claim.YES
+    return Claim.ABSENT if op in (Op.COMBINE, Op.RESCALE, Op.SAVE, Op.LOAD) else Claim.YES
 
 
 METHODS = (

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import tempfile
-import weakref
 from dataclasses import replace
-from shutil import rmtree
 from typing import Any
 
 import torch
@@ -13,6 +10,7 @@ from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 
+from peftcheck import checkpoint
 from peftcheck.case import AdapterSpec, Case, LayerSpec
 from peftcheck.implementation import Claim, Op, Variant
 from peftcheck.implementations.peft.method import MERGES, Method
@@ -66,8 +64,7 @@ def _before(model: nn.Module, config: XLoraConfig, adapter: str, case: Case) -> 
     model.config.use_cache = False
     config.hidden_size = model.config.hidden_size
     own = next((one for one in case.adapters if one.name == adapter), case.adapters[0])
-    folder = tempfile.mkdtemp(prefix="peftcheck-")
-    weakref.finalize(model, rmtree, folder, ignore_errors=True)
+    folder = checkpoint.temporary(model)
     targets = [case.layers[target] for target in own.targets]
     for expert in config.adapters:
         path = f"{folder}/{expert}"

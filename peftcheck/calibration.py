@@ -69,7 +69,7 @@ KERNELS: dict[str, Probe] = {
 
 
 def calibrate(fan_ins: tuple[int, ...] = FAN_INS) -> dict:
-    """Measure the machine and return what was found, as JSON data; takes about a second.
+    """Measure the machine and return what was found, as JSON data; takes less than a second.
 
     `accumulation[kernel][dtype]`: the worst error over `gamma(K + 1) (abs(W) abs(x) + abs(b)) + u abs(y)`, at most 1;
     `elementwise[dtype]`: the worst error of one operation over one rounding, at most 1; `flushes`: the (kernel,

@@ -12,6 +12,8 @@ from typing import Any
 
 from peftcheck import checkpoint_table, engine, record, repro, shrink
 from peftcheck.case import decode, encode
+from peftcheck.dataclass_json import Mismatch
+from peftcheck.errors import HarnessError
 from peftcheck.implementation import Implementation
 from peftcheck.measurement import Repair
 from peftcheck.record import CellRecord, DefectRecord, LedgerRecord, QuantizedRecord, Record, Table, Worst
@@ -34,7 +36,7 @@ def assemble(
 
     `results`: plain verdicts by cell id; `expected`: every collected id; `died`: ids over which a worker died. A cell
     without result is never lost in silence: it is an error of the library where a worker died over it, and a
-    fault of the harness otherwise.
+    fault of the harness otherwise. Raises HarnessError for a record that contradicts itself.
     """
     unvouched = set()
     plain = []
@@ -47,7 +49,7 @@ def assemble(
         plain.append(found)
     cells = tuple(_cell(one) for one in plain)
     settings = session.settings
-    return Record(
+    made = Record(
         schema=record.SCHEMA,
         peftcheck=metadata.version("peftcheck"),
         implementation=record.Implementation(session.implementation.name, session.implementation.version),
@@ -62,7 +64,12 @@ def assemble(
         totals=record.totals(cells),
         measurements=_checkpoints(session, cells),
         quantized=tuple(QuantizedRecord(**one["quantized"]) for one in plain if one["quantized"]),
-    ), frozenset(unvouched)
+    )
+    try:
+        record.check(made)
+    except Mismatch as error:
+        raise HarnessError(f"the record of this run contradicts itself, and nobody could read it: {error}") from error
+    return made, frozenset(unvouched)
 
 
 def _checkpoints(session: Session, cells: Sequence[CellRecord]) -> tuple[Table, ...]:

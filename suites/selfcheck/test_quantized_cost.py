@@ -9,10 +9,10 @@ import jsonschema
 import pytest
 from sample_record import sample
 
-from peftcheck import engine, joining, quantized_cost, report_html, report_markdown, report_quantized
+from peftcheck import closing, engine, joining, quantized_cost, report_html, report_markdown, report_quantized
 from peftcheck import record as records
 from peftcheck.case import Sweep
-from peftcheck.errors import UsageError
+from peftcheck.errors import HarnessError, UsageError
 from peftcheck.implementations.peft import Peft
 from peftcheck.record import QuantizedRecord
 from peftcheck.session import Session, Settings
@@ -138,12 +138,26 @@ def test_weights_of_zero_have_no_relative_cost() -> None:
     assert report_quantized.sentences(with_rows(nothing))
 
 
-def test_a_run_over_every_dtype_costs_each_method_and_quantizer_once():
-    pytest.importorskip("peft")
+@pytest.fixture(scope="module")
+def every_dtype():
+    """The verdicts, as a worker sends them, on a merge into one quantizer in each of its dtypes, and their session."""
     pytest.importorskip("bitsandbytes")
     asked = Filters(law=("quantize.merge_budget",), variant=("lora",), quantizer=("bitsandbytes.nf4",))
     session = Session(Settings("peft", filters=asked))
-    assert len(session.cells) == 3
-    rows = [session.verdict(cell).as_plain()["quantized"] for cell in session.cells]
+    return session, [session.verdict(cell).as_plain() for cell in session.cells]
+
+
+def test_a_run_over_every_dtype_costs_each_method_and_quantizer_once(every_dtype):
+    rows = [plain["quantized"] for plain in every_dtype[1]]
     assert [row is not None for row in rows] == [True, False, False]
     assert (rows[0]["quantizer"], rows[0]["variant"]) == ("bitsandbytes.nf4", "lora")
+
+
+def test_a_run_whose_record_contradicts_itself_is_a_fault_of_the_harness(every_dtype):
+    session, plain = every_dtype
+    sound = {one["id"]: one for one in plain}
+    twice = {key: {**one, "quantized": plain[0]["quantized"]} for key, one in sound.items()}
+    run, unvouched = closing.assemble(session, sound, list(sound), set(), {}, 0.0)
+    assert records.loads(records.dumps(run)).totals == run.totals and not unvouched
+    with pytest.raises(HarnessError, match="two rows"):
+        closing.assemble(session, twice, list(twice), set(), {}, 0.0)
